@@ -1,0 +1,80 @@
+"""Conversations, prompts, sampling parameters and completions."""
+
+from enum import StrEnum
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from protocols.service import Message
+from protocols.tensor import PerToken, TokenIds, Versions
+
+
+class ChatMessage(Message):
+    """One turn of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    """Who speaks."""
+    content: str
+    """What is said."""
+
+
+class Prompt(Message):
+    """What a policy continues: exactly one of `messages`, `text` and `tokens`."""
+
+    messages: list[ChatMessage] = []
+    """A conversation; the policy's chat template turns it into tokens and opens the assistant's turn."""
+    text: str | None = None
+    """Plain text, tokenized as it stands."""
+    tokens: TokenIds | None = None
+    """Token ids, int32[T]: never tokenized again, so a continued conversation keeps its tokens."""
+    seed: int | None = None
+    """Seed of this prompt's samples; sample i depends on (seed, i) alone. Unset: a new one each time."""
+    uid: str = ""
+    """The caller's name for it, used in errors."""
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        if bool(self.messages) + (self.text is not None) + (self.tokens is not None) != 1:
+            raise ValueError("expected exactly one of messages, text and tokens")
+        return self
+
+
+class SamplingParams(Message):
+    """How completions are drawn. The defaults sample from the model's own distribution."""
+
+    max_tokens: int = Field(default=256, ge=1)
+    """Longest completion, in tokens."""
+    temperature: float = Field(default=1.0, ge=0.0)
+    """Logits are divided by it; 0 takes the most likely token."""
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Keep the smallest set of most likely tokens whose probability reaches this."""
+    top_k: int = Field(default=0, ge=0)
+    """Keep this many most likely tokens; 0 keeps all."""
+    stop: list[str] = []
+    """The completion ends before the first of these texts; the token that completed it is kept."""
+    stop_token_ids: list[int] = []
+    """The completion ends with the first of these tokens, beside the model's own end tokens."""
+
+
+class FinishReason(StrEnum):
+    """Why a completion ended."""
+
+    STOP = "stop"
+    STOP_TEXT = "stop_text"
+    LENGTH = "length"
+    ABORTED = "aborted"
+
+
+class Completion(Message):
+    """One sampled continuation."""
+
+    tokens: TokenIds
+    """Sampled token ids, int32[T], with the end token if there was one."""
+    text: str
+    """The same tokens as text, without special tokens and cut before a stop text."""
+    logprobs: PerToken
+    """log softmax(logits / temperature) of each token, nats, float32[T], before top-p and top-k."""
+    versions: Versions
+    """Weight version under which each token was sampled, int32[T]."""
+    finish_reason: FinishReason
+    """Why it ended."""

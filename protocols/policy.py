@@ -1,0 +1,245 @@
+"""The policy: samples, scores, learns."""
+
+from abc import abstractmethod
+from collections.abc import AsyncIterator
+from typing import ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from protocols.messages import Completion, FinishReason, Prompt, SamplingParams
+from protocols.placement import Resources
+from protocols.service import Empty, Message, Service, rpc
+from protocols.tensor import PerToken, TokenIds, Versions
+from protocols.training import (
+    ForwardBackwardRequest,
+    ForwardBackwardResponse,
+    OptimStepRequest,
+    OptimStepResponse,
+)
+
+
+class LoRAConfig(Message):
+    """Train a low-rank adapter (peft) and leave the base weights as they are."""
+
+    rank: int = Field(default=16, ge=1)
+    """Rank of the update matrices."""
+    alpha: float = Field(default=32.0, gt=0)
+    """The update is scaled by alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout on the adapter's input."""
+    target_modules: str = "all-linear"
+    """Names of the modules to adapt, comma separated, or `all-linear`."""
+
+
+class TrainerConfig(Message):
+    """AdamW on one or more loss terms."""
+
+    learning_rate: float = Field(default=2e-6, ge=0)
+    """Peak learning rate."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Course of the learning rate after warm-up; `linear` and `cosine` end at 0 after `total_steps`."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Optimiser steps of linear warm-up."""
+    total_steps: int = Field(default=0, ge=0)
+    """Length of the schedule in optimiser steps; `constant` does not need it."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """Decoupled weight decay."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of AdamW's first and second moment."""
+    grad_clip: float = Field(default=1.0, gt=0)
+    """Gradients are scaled down to this norm."""
+    micro_batch_tokens: int = Field(default=16384, ge=1)
+    """Most tokens, padding included, that go through the model at once; a longer row goes alone."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+    @model_validator(mode="after")
+    def _schedule_has_an_end(self) -> Self:
+        if self.schedule != "constant" and self.total_steps <= self.warmup_steps:
+            raise ValueError(f"schedule {self.schedule!r} needs total_steps > warmup_steps")
+        return self
+
+
+class SamplerConfig(Message):
+    """The transformers sampler. One call is one batch, so the same call gives the same bits anywhere."""
+
+    max_batch_rows: int = Field(default=512, ge=1)
+    """Most completions that are decoded side by side."""
+    max_batch_tokens: int = Field(default=262144, ge=1)
+    """Most cache entries (rows x length) at once; limits memory."""
+
+
+class PolicyConfig(Message):
+    """A policy actor."""
+
+    model: str = "embedded"
+    """Hugging Face model name or path, or `embedded`: the small checkpoint that comes with the package."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """`random`: take the model's configuration and tokenizer, draw fresh weights from `seed`."""
+    seed: int = 0
+    """Seed of random weights, adapters and dropout."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: a trainable policy keeps float32 weights and computes under autocast; a frozen one
+    holds bfloat16 weights."""
+    device: str = "auto"
+    """torch device; `auto` is CUDA when there is one, else the CPU."""
+    threads: int = Field(default=0, ge=0)
+    """CPU threads for torch; 0: as many as this process may use. Results depend on it in the last bits."""
+    trainer: TrainerConfig | None = TrainerConfig()
+    """How it learns; null makes the policy frozen."""
+    sampler: SamplerConfig = SamplerConfig()
+    """How it samples."""
+    lora: LoRAConfig | None = None
+    """Train an adapter instead of all weights."""
+    resources: Resources = Resources(cpus=1)
+    """What one replica takes on a cluster."""
+
+
+class PolicyInfo(Message):
+    """Facts about the loaded model."""
+
+    model: str
+    """Name or path it was loaded from."""
+    parameters: int
+    """Number of weights."""
+    trainable_parameters: int
+    """Number of weights that a step changes; 0 for a frozen policy."""
+    vocab_size: int
+    """Size of the output distribution."""
+    context_length: int
+    """Longest sequence, in tokens."""
+    eos_token_ids: list[int]
+    """Tokens that end a completion."""
+    version: int
+    """Weight version."""
+
+
+class TokenizeRequest(Message):
+    """Asks for the tokens of prompts, as `sample` would see them."""
+
+    prompts: list[Prompt]
+    """Conversations or texts."""
+
+
+class TokenizeResponse(Message):
+    """Token ids per prompt."""
+
+    tokens: list[TokenIds]
+    """In the order of the request."""
+
+
+class SampleRequest(Message):
+    """Asks for `n` completions of each prompt."""
+
+    prompts: list[Prompt] = Field(min_length=1)
+    """One call is one batch: what is asked together is decoded together."""
+    n: int = Field(default=1, ge=1)
+    """Completions per prompt; the prompt is encoded once for all of them."""
+    params: SamplingParams = SamplingParams()
+    """Shared by all prompts."""
+
+
+class Sampled(Message):
+    """The completions of one prompt."""
+
+    prompt_tokens: TokenIds
+    """The prompt as the model saw it, int32[T]."""
+    completions: list[Completion]
+    """In order of the sample index."""
+
+
+class SampleResponse(Message):
+    """The completions, in the order of the prompts."""
+
+    results: list[Sampled]
+    """One entry per prompt."""
+
+
+class SampleDelta(Message):
+    """Tokens that one completion grew by."""
+
+    prompt_index: int
+    """Which prompt."""
+    sample_index: int
+    """Which of its n completions."""
+    tokens: TokenIds
+    """New token ids, int32[T]."""
+    text: str
+    """New text; it may lag behind the tokens while a character is incomplete."""
+    logprobs: PerToken
+    """Of the new tokens, float32[T]."""
+    versions: Versions
+    """Weight version under which each new token was sampled, int32[T]."""
+    finish_reason: FinishReason | None = None
+    """Set on the last delta of a completion."""
+
+
+class ScoreRequest(Message):
+    """Asks for the log-probs of given sequences."""
+
+    sequences: list[TokenIds] = Field(min_length=1)
+    """Token ids, int32[T] each, at least one token."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Logits are divided by it."""
+
+
+class ScoreResponse(Message):
+    """Log-probs per sequence."""
+
+    logprobs: list[PerToken]
+    """Entry t is log p(token t | tokens before t), nats, float32[T]; entry 0 is 0."""
+    version: int
+    """Weight version that scored."""
+
+
+class PublishResponse(Message):
+    """The samplers' weights after publication."""
+
+    version: int
+    """Weight version that every sampler now has."""
+
+
+class PolicyService(Service):
+    """One model behind few verbs."""
+
+    kind: ClassVar[str] = "policy"
+
+    @rpc(safe=True)
+    @abstractmethod
+    async def info(self, request: Empty) -> PolicyInfo:
+        """Facts about the loaded model."""
+
+    @rpc(safe=True)
+    @abstractmethod
+    async def tokenize(self, request: TokenizeRequest) -> TokenizeResponse:
+        """Tokens of prompts, the chat template applied."""
+
+    @rpc(safe=True)
+    @abstractmethod
+    async def sample(self, request: SampleRequest) -> SampleResponse:
+        """Complete prompts. Raises BadInput when a prompt is empty or leaves no room for an answer."""
+
+    @rpc()
+    @abstractmethod
+    def stream(self, request: SampleRequest) -> AsyncIterator[SampleDelta]:
+        """Complete prompts, yielding tokens as they are sampled."""
+
+    @rpc(safe=True)
+    @abstractmethod
+    async def score(self, request: ScoreRequest) -> ScoreResponse:
+        """Log-probs of every token of the sequences."""
+
+    @rpc(dispatch="all")
+    @abstractmethod
+    async def forward_backward(self, request: ForwardBackwardRequest) -> ForwardBackwardResponse:
+        """Add the gradient of the batch loss to what is accumulated. Raises Stale on a frozen policy."""
+
+    @rpc(dispatch="all")
+    @abstractmethod
+    async def optim_step(self, request: OptimStepRequest) -> OptimStepResponse:
+        """Clip, step, clear the gradients. Raises Corrupt, and changes nothing, if they are not finite."""
+
+    @rpc(dispatch="all")
+    @abstractmethod
+    async def publish(self, request: Empty) -> PublishResponse:
+        """Bring the trainer's weights to the samplers; free when both share one module."""
