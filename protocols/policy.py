@@ -128,6 +128,20 @@ class TokenizeResponse(Message):
     """In the order of the request."""
 
 
+class DetokenizeRequest(Message):
+    """Asks for the text of token ids."""
+
+    tokens: list[TokenIds]
+    """Token ids, int32[T] each."""
+
+
+class DetokenizeResponse(Message):
+    """Text per sequence."""
+
+    texts: list[str]
+    """In the order of the request, special tokens included."""
+
+
 class SampleRequest(Message):
     """Asks for `n` completions of each prompt."""
 
@@ -213,6 +227,11 @@ class PolicyService(Service):
     @abstractmethod
     async def tokenize(self, request: TokenizeRequest) -> TokenizeResponse:
         """Tokens of prompts, the chat template applied."""
+
+    @rpc(safe=True)
+    @abstractmethod
+    async def detokenize(self, request: DetokenizeRequest) -> DetokenizeResponse:
+        """Text of token ids."""
 
     @rpc(safe=True)
     @abstractmethod

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from protocols.messages import SamplingParams
 from protocols.placement import Resources
-from protocols.questions import Cluster, Proposal
+from protocols.questions import Cluster, Proposal, Task
 from protocols.service import Empty, Message, Service, rpc
 
 
@@ -29,8 +29,8 @@ class QuestionerConfig(Message):
     """Refuse reference answers that neither occur in the shown documents nor follow from two of their
     numbers: a check that does not use the weights."""
     duplicate_overlap: float = Field(default=0.8, gt=0, le=1)
-    """A question whose words overlap (Jaccard) more than this with an earlier one of its cluster, or
-    repeats it with the same answer, is a duplicate."""
+    """A question is a duplicate if it has the same words as a remembered one of its cluster, or the same
+    answer and words that overlap (Jaccard) more than this."""
     resources: Resources = Resources()
     """What one replica takes on a cluster."""
 
@@ -80,7 +80,7 @@ class HistoryRequest(Message):
 
     question_id: str
     """The cluster."""
-    task: str
+    task: Task
     """Its task."""
 
 

@@ -61,6 +61,8 @@ class GoldQuestion(Question):
     """The cluster that it is about."""
     answer: str
     """True answer: text, number or letter."""
+    aliases: list[str] = []
+    """Other answers that are as true."""
     evidence: list[int] = []
     """Indices of the documents that it needs; empty: all of the cluster."""
     hops: int = 1

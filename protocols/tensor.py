@@ -1,6 +1,8 @@
 """Arrays in messages: one type, numpy in memory, raw little-endian bytes on the wire."""
 
 import base64
+import math
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
@@ -11,7 +13,7 @@ from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
 if TYPE_CHECKING:
-    import torch
+    from torch import Tensor as TorchTensor
 
 DType = Literal["bool", "uint8", "int32", "int64", "float16", "bfloat16", "float32", "float64"]
 DTYPES: tuple[str, ...] = get_args(DType)
@@ -34,11 +36,14 @@ class Tensor:
         name = dtype or str(array.dtype)
         if name not in DTYPES:
             raise ValueError(f"dtype {name!r} is not one of {', '.join(DTYPES)}")
+        if array.dtype.kind not in "biuf":
+            raise ValueError(f"expected numbers, got an array of {array.dtype}")
         if name == "bfloat16" and array.dtype != np.uint16:
             array = _to_bfloat16_bits(array)
         elif name != "bfloat16" and str(array.dtype) != name:
             array = array.astype(name)
-        array = np.ascontiguousarray(array).view()
+        # Not ascontiguousarray, which would give a scalar an axis.
+        array = np.asarray(array, order="C").view()
         array.flags.writeable = False
         self.array: NDArray[Any] = array
         self.dtype: str = name
@@ -73,13 +78,17 @@ class Tensor:
         """The values as a read-only numpy array; bfloat16 is widened to float32 (exact)."""
         if self.dtype != "bfloat16":
             return self.array
-        return (self.array.astype(np.uint32) << 16).view(np.float32)
+        bits = self.array.astype(np.uint32)
+        bits <<= 16
+        bits.flags.writeable = False
+        return bits.view(np.float32)
 
     def tolist(self) -> list[Any]:
         """The values as nested Python lists."""
-        return list(self.numpy().tolist())
+        values: list[Any] = self.numpy().tolist()
+        return values
 
-    def torch(self) -> "torch.Tensor":
+    def torch(self) -> "TorchTensor":
         """A torch copy of the values, in this dtype, on the CPU."""
         import torch
 
@@ -87,7 +96,7 @@ class Tensor:
         return copy.view(torch.bfloat16) if self.dtype == "bfloat16" else copy
 
     @classmethod
-    def from_torch(cls, tensor: "torch.Tensor") -> "Tensor":
+    def from_torch(cls, tensor: "TorchTensor") -> "Tensor":
         """Bring a torch tensor of one of the supported dtypes to the CPU, without conversion."""
         import torch
 
@@ -119,13 +128,15 @@ class Tensor:
     def _from_wire(cls, value: dict[str, Any]) -> "Tensor":
         if set(value) != {"dtype", "shape", "data"}:
             raise ValueError(f"expected the keys dtype, shape, data; got {', '.join(map(str, value))}")
-        dtype, shape, data = value["dtype"], tuple(value["shape"]), value["data"]
+        dtype, shape, data = value["dtype"], _sizes(value["shape"]), value["data"]
         if dtype not in DTYPES:
             raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+        if not isinstance(data, str | bytes | bytearray | memoryview):
+            raise ValueError(f"data: expected bytes or base64 text, got {type(data).__name__}")
         raw = base64.b64decode(data, validate=True) if isinstance(data, str) else bytes(data)
         storage = np.dtype(np.uint16 if dtype == "bfloat16" else dtype).newbyteorder("<")
-        expected = storage.itemsize * int(np.prod(shape, dtype=np.int64))
-        if min(shape, default=0) < 0 or len(raw) != expected:
+        expected = storage.itemsize * math.prod(shape)
+        if len(raw) != expected:
             raise ValueError(f"{dtype}{list(shape)} takes {expected} bytes; got {len(raw)}")
         return cls(np.frombuffer(raw, storage).reshape(shape), dtype)
 
@@ -142,8 +153,20 @@ class Tensor:
         )
 
     @classmethod
-    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+    def __get_pydantic_json_schema__(
+        cls, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
         return {"type": "object", "properties": {"dtype": {}, "shape": {}, "data": {}}}
+
+
+def _sizes(shape: Any) -> tuple[int, ...]:
+    try:
+        sizes = tuple(operator.index(size) for size in shape)
+    except TypeError:
+        raise ValueError(f"shape: expected a list of integers, got {shape!r}") from None
+    if not all(0 <= size < 2**31 for size in sizes):
+        raise ValueError(f"shape: expected sizes from 0 to 2**31 - 1, got {shape!r}")
+    return sizes
 
 
 def _to_json(tensor: Tensor) -> dict[str, Any]:
@@ -153,7 +176,7 @@ def _to_json(tensor: Tensor) -> dict[str, Any]:
 
 def _to_bfloat16_bits(values: NDArray[Any]) -> NDArray[np.uint16]:
     """Round float values to bfloat16 (nearest, ties to even) and return the bit patterns."""
-    wide = np.ascontiguousarray(values, dtype=np.float32)
+    wide = np.asarray(values, dtype=np.float32, order="C")
     bits = wide.view(np.uint32)
     rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
     return np.where(np.isnan(wide), np.uint16(0x7FC0), rounded).astype(np.uint16)
@@ -176,7 +199,7 @@ class Axes:
         if tensor.dtype == self.dtype:
             return tensor
         converted = Tensor(tensor.numpy(), self.dtype)
-        if self.dtype.startswith("int") and not np.array_equal(converted.array, tensor.numpy()):
+        if "float" not in self.dtype and not np.array_equal(converted.array, tensor.numpy()):
             raise ValueError(f"expected {expected}; {tensor!r} does not fit without loss")
         return converted
 

@@ -16,7 +16,8 @@ class VerifierConfig(Message):
     """A verifier actor: rules, votes of a policy, or both."""
 
     mode: Literal["rules", "votes", "both"] = "both"
-    """What it goes by. `rules` needs no policy."""
+    """What it goes by: `score` is the rule's, the majority's (SPELL eq. 4), or the larger of both (eq. 6).
+    `rules` needs no policy."""
     vote_on_choice: bool = False
     """Ask for votes on multiple choice too, where they only compare two letters."""
     cover: Literal["tokens", "characters"] = "tokens"
@@ -46,8 +47,8 @@ class JudgeRequest(Message):
 
     items: list[JudgeItem]
     """Replies to judge together."""
-    votes: int = Field(default=8, ge=1)
-    """Judgements sampled per reply."""
+    votes: int = Field(default=8, ge=0)
+    """Judgements sampled per reply; 0 goes by the rule, whatever the verifier's mode."""
     params: SamplingParams = SamplingParams()
     """How the votes are sampled."""
 
@@ -59,6 +60,8 @@ class Judgement(Message):
     """The reply."""
     parsed: str | None
     """Its final answer; unset if there is none."""
+    score: float
+    """1 if the reply is accepted, else 0."""
     rule_score: float
     """1 if the rule for the task accepts the answer, else 0."""
     votes: list[int] = []

@@ -1,0 +1,1 @@
+"""The policy: one language model that samples, scores and learns."""

@@ -1,0 +1,241 @@
+"""The policy actor: one model behind the verbs sample, score, forward_backward, optim_step, publish."""
+
+import asyncio
+import os
+import secrets
+import threading
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from actors.actor import Actor
+from actors.policy import forward
+from actors.policy.chat import encode
+from actors.policy.loading import Loaded, load
+from actors.policy.torch_trainer import TorchTrainer
+from actors.policy.transformers_sampler import EncodedPrompt, Row, TransformersSampler
+from actors.policy.weights import read_weights, write_model
+from protocols.errors import BadInput, Stale
+from protocols.messages import Prompt
+from protocols.policy import (
+    DetokenizeRequest,
+    DetokenizeResponse,
+    PolicyConfig,
+    PolicyInfo,
+    PolicyService,
+    PublishResponse,
+    SampleDelta,
+    Sampled,
+    SampleRequest,
+    SampleResponse,
+    ScoreRequest,
+    ScoreResponse,
+    TokenizeRequest,
+    TokenizeResponse,
+    TrainerConfig,
+)
+from protocols.service import CheckpointRequest, CheckpointResponse, Empty, HealthRequest, HealthResponse
+from protocols.tensor import Tensor
+from protocols.training import (
+    ForwardBackwardRequest,
+    ForwardBackwardResponse,
+    OptimStepRequest,
+    OptimStepResponse,
+)
+
+Result = TypeVar("Result")
+
+
+class PolicyActor(Actor, PolicyService):
+    """Sampler and trainer share one module. Work on it runs on one thread, first come first served."""
+
+    def __init__(self, config: PolicyConfig) -> None:
+        super().__init__()
+        self._config = config
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="policy")
+        self._loaded: Loaded
+        self._sampler: TransformersSampler
+        self._trainer: TorchTrainer | None = None
+
+    async def setup(self) -> None:
+        """Load the model. Raises BadInput when there is none or the configuration does not fit it."""
+        await self._run(self._load)
+
+    def _load(self) -> None:
+        torch.set_num_threads(self._config.threads or len(os.sched_getaffinity(0)))
+        self._loaded = load(self._config)
+        self._sampler = TransformersSampler(self._loaded, self._config.sampler)
+        if self._config.trainer is not None:
+            self._trainer = TorchTrainer(self._loaded.model, self._config.trainer, autocast=self._autocast)
+
+    async def close(self) -> None:
+        """Stop the worker thread."""
+        self._worker.shutdown(wait=True, cancel_futures=True)
+
+    @property
+    def version(self) -> int:
+        """Weight version; every optimiser step raises it by one."""
+        return self._trainer.version if self._trainer else 0
+
+    async def health(self, request: HealthRequest) -> HealthResponse:
+        """Say whether the policy can serve, and with which weights."""
+        return HealthResponse(kind=self.kind, ready=self._ready, version=self.version)
+
+    async def info(self, request: Empty) -> PolicyInfo:
+        """Facts about the loaded model."""
+        parameters = list(self._loaded.model.parameters())
+        return PolicyInfo(
+            model=self._config.model,
+            parameters=sum(p.numel() for p in parameters),
+            trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),
+            vocab_size=self._loaded.model.config.get_text_config().vocab_size,
+            context_length=self._loaded.context_length,
+            eos_token_ids=self._loaded.eos_token_ids,
+            version=self.version,
+        )
+
+    async def tokenize(self, request: TokenizeRequest) -> TokenizeResponse:
+        """Tokens of prompts, the chat template applied."""
+        return TokenizeResponse(tokens=[encode(p, self._loaded.tokenizer) for p in request.prompts])
+
+    async def detokenize(self, request: DetokenizeRequest) -> DetokenizeResponse:
+        """Text of token ids."""
+        return DetokenizeResponse(texts=[self._loaded.tokenizer.decode(t.array) for t in request.tokens])
+
+    async def sample(self, request: SampleRequest) -> SampleResponse:
+        """Complete prompts; the whole call is one batch."""
+        prompts = [self._encoded(prompt) for prompt in request.prompts]
+        stop = threading.Event()
+        try:
+            completions = await self._run(
+                lambda: self._sample(prompts, request, cancelled=stop.is_set)
+            )
+        finally:
+            stop.set()
+        results = [
+            Sampled(prompt_tokens=prompt.tokens, completions=done)
+            for prompt, done in zip(prompts, completions, strict=True)
+        ]
+        return SampleResponse(results=results)
+
+    async def stream(self, request: SampleRequest) -> AsyncIterator[SampleDelta]:
+        """Complete prompts, yielding every token as it is sampled."""
+        prompts = [self._encoded(prompt) for prompt in request.prompts]
+        loop, queue = asyncio.get_running_loop(), asyncio.Queue[SampleDelta | None]()
+        stop = threading.Event()
+
+        def on_token(row: Row, text: str) -> None:
+            loop.call_soon_threadsafe(queue.put_nowait, _delta(row, text, self.version))
+
+        work = asyncio.ensure_future(
+            self._run(lambda: self._sample(prompts, request, on_token=on_token, cancelled=stop.is_set))
+        )
+        work.add_done_callback(lambda _: queue.put_nowait(None))
+        try:
+            while (delta := await queue.get()) is not None:
+                yield delta
+            await work
+        finally:
+            stop.set()
+
+    async def score(self, request: ScoreRequest) -> ScoreResponse:
+        """Log-probs of every token of the sequences."""
+        rows = [sequence.array for sequence in request.sequences]
+        for i, row in enumerate(rows):
+            self._check_length(len(row), 1, f"sequences[{i}]")
+        budget = (self._config.trainer or TrainerConfig()).micro_batch_tokens
+        with_dtype = self._in_context(lambda: forward.score(self._loaded.model, rows, request.temperature, budget))
+        logprobs = await self._run(with_dtype)
+        return ScoreResponse(logprobs=logprobs, version=self.version)
+
+    async def forward_backward(self, request: ForwardBackwardRequest) -> ForwardBackwardResponse:
+        """Add the gradient of the batch loss to what is accumulated."""
+        trainer = self._need_trainer("forward_backward")
+        for row in request.rows:
+            self._check_length(len(row.tokens), 2, f"row {row.row_id!r}")
+        return await self._run(lambda: trainer.forward_backward(request))
+
+    async def optim_step(self, request: OptimStepRequest) -> OptimStepResponse:
+        """Apply the accumulated gradients."""
+        trainer = self._need_trainer("optim_step")
+        return await self._run(lambda: trainer.optim_step(request))
+
+    async def publish(self, request: Empty) -> PublishResponse:
+        """Nothing to move: the sampler reads the trainer's own weights."""
+        return PublishResponse(version=self.version)
+
+    async def save(self, request: CheckpointRequest) -> CheckpointResponse:
+        """Write model and tokenizer in Hugging Face format, and what training needs beside them."""
+        return await self._run(lambda: self._save(Path(request.path), request.training_state))
+
+    async def load(self, request: CheckpointRequest) -> CheckpointResponse:
+        """Take back what `save` wrote."""
+        return await self._run(lambda: self._load_from(Path(request.path), request.training_state))
+
+    def _save(self, directory: Path, training_state: bool) -> CheckpointResponse:
+        write_model(self._loaded, directory, whole=not training_state)
+        if training_state and self._trainer:
+            self._trainer.save(directory)
+        return CheckpointResponse(files=_files(directory))
+
+    def _load_from(self, directory: Path, training_state: bool) -> CheckpointResponse:
+        read_weights(self._loaded, directory)
+        if training_state and self._trainer:
+            self._trainer.load(directory)
+        return CheckpointResponse(files=_files(directory))
+
+    def _sample(self, prompts: list[EncodedPrompt], request: SampleRequest, **options: Any) -> Any:
+        with self._autocast():
+            return self._sampler.sample(prompts, request.n, request.params, self.version, **options)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        """The precision of every forward pass, of sampler and trainer alike."""
+        if self._config.dtype == "float32" or not self._loaded.trainable:
+            return nullcontext()
+        return torch.autocast(self._loaded.model.device.type, dtype=torch.bfloat16)
+
+    def _in_context(self, work: Callable[[], Result]) -> Callable[[], Result]:
+        def run() -> Result:
+            with self._autocast():
+                return work()
+
+        return run
+
+    async def _run(self, work: Callable[[], Result]) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._worker, work)
+
+    def _encoded(self, prompt: Prompt) -> EncodedPrompt:
+        tokens = encode(prompt, self._loaded.tokenizer)
+        self._check_length(len(tokens) + 1, 2, f"prompt {prompt.uid!r}")
+        return EncodedPrompt(tokens, secrets.randbits(63) if prompt.seed is None else prompt.seed)
+
+    def _check_length(self, length: int, least: int, name: str) -> None:
+        limit = self._loaded.context_length
+        if not least <= length <= limit:
+            raise BadInput(f"{name}: {length} tokens with what follows; the model takes {least} to {limit}")
+
+    def _need_trainer(self, method: str) -> TorchTrainer:
+        if self._trainer is None:
+            raise Stale(f"{method}: this policy is frozen (trainer is null in its configuration)")
+        return self._trainer
+
+
+def _delta(row: Row, text: str, version: int) -> SampleDelta:
+    return SampleDelta(
+        prompt_index=row.prompt,
+        sample_index=row.sample,
+        tokens=Tensor([row.tokens[-1]], "int32"),
+        text=text,
+        logprobs=Tensor([row.logprobs[-1]], "float32"),
+        versions=Tensor(np.asarray([version]), "int32"),
+        finish_reason=row.finish,
+    )
+
+
+def _files(directory: Path) -> list[str]:
+    return sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())

@@ -1,0 +1,1 @@
+"""Where actors live: handles, transports, replicas, run directories, steps. The only room that imports ray."""

@@ -1,0 +1,215 @@
+"""What a method sees: actors by kind, and the steps of its run."""
+
+import functools
+import json
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import ExitStack, aclosing
+from pathlib import Path
+from typing import TypeVar
+
+from actors.actor import Actor, start
+from cluster.config import MethodConfig
+from cluster.handle import Transport, call_times, make_handle
+from cluster.inline import InlineTransport
+from cluster.progress import Progress
+from cluster.replicas import Replicas
+from cluster.run_directory import RunDirectory, read_manifest, write_atomically
+from cluster.steps import LoopState, Step, steps
+from cluster.summary import Summary
+from cluster.tracking import Tracker, open_tracker
+from protocols.errors import BadInput
+from protocols.placement import Resources
+from protocols.policy import PolicyConfig, PolicyService
+from protocols.questioner import QuestionerConfig, QuestionerService
+from protocols.service import Service
+from protocols.verifier import VerifierConfig, VerifierService
+
+S = TypeVar("S", bound=Service)
+
+
+class Cluster:
+    """The actors of one run. Use it as an async context manager; leaving it stops them."""
+
+    def __init__(self, config: MethodConfig, *, method: str, run: str, headline: tuple[str, ...] = ()) -> None:
+        self.config = config
+        self.method = method
+        self.directory = RunDirectory(Path(config.runs_dir).expanduser().resolve() / run)
+        self._run = run
+        self._headline = headline
+        self._started: dict[str, list[Transport]] = {}
+        self._handles: dict[str, Service] = {}
+        self._committed: dict[str, Service] = {}
+        # The display and the tracker must close however the loop is left, also by an error in its body.
+        self._open = ExitStack()
+
+    async def __aenter__(self) -> "Cluster":
+        if self.config.transport == "ray":
+            from cluster.ray_transport import connect
+
+            connect(self._run)
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        self._open.close()
+        for name in list(self._started):
+            await self.stop(name)
+        if self.config.transport == "ray":
+            from cluster.ray_transport import disconnect
+
+            disconnect()
+        self.directory.close()
+
+    def progress(self, title: str, total: int, headline: Sequence[str] = ()) -> Progress:
+        """A display for long work outside of the run's own steps; a context manager."""
+        return Progress(title, total, headline=headline)
+
+    async def policy(self, config: PolicyConfig, *, name: str = "policy") -> PolicyService:
+        """A policy. One with a trainer is part of every commit; a frozen one has nothing to commit."""
+        if config.trainer is not None and config.resources.replicas > 1:
+            raise BadInput(f"{name}.resources.replicas: a policy that trains has one replica")
+
+        def build() -> Actor:
+            from actors.policy.policy import PolicyActor
+
+            return PolicyActor(config)
+
+        return await self._spawn(
+            PolicyService, name, build, config.resources, commit=config.trainer is not None
+        )
+
+    async def questioner(
+        self, config: QuestionerConfig, policy: PolicyService, *, name: str = "questioner"
+    ) -> QuestionerService:
+        """A questioner that plays its role over a policy."""
+
+        def build() -> Actor:
+            from actors.questioner import QuestionerActor
+
+            return QuestionerActor(config, policy)
+
+        return await self._spawn(QuestionerService, name, build, config.resources)
+
+    async def verifier(
+        self, config: VerifierConfig, policy: PolicyService | None, *, name: str = "verifier"
+    ) -> VerifierService:
+        """A verifier; without a policy it goes by rules alone."""
+
+        def build() -> Actor:
+            from actors.verifier import VerifierActor
+
+            return VerifierActor(config, policy)
+
+        return await self._spawn(VerifierService, name, build, config.resources, commit=False)
+
+    async def _spawn(
+        self,
+        service: type[S],
+        name: str,
+        build: Callable[[], Actor],
+        resources: Resources,
+        *,
+        commit: bool = True,
+    ) -> S:
+        """Start the replicas of an actor and give back one handle to them."""
+        if name in self._started:
+            raise BadInput(f"there is an actor {name!r} in this run already")
+        count = resources.replicas
+        names = [name] if count == 1 else [f"{name}-{i}" for i in range(count)]
+        self._started[name] = []
+        for replica in names:
+            self._started[name].append(await self._start_one(replica, build, resources))
+        transport = self._started[name][0] if count == 1 else Replicas(name, self._started[name])
+        handle = make_handle(service, transport, self.config.deadline_s)
+        self._handles[name] = handle
+        if commit:
+            self._committed[name] = handle
+        return handle
+
+    async def _start_one(self, name: str, build: Callable[[], Actor], resources: Resources) -> Transport:
+        if self.config.transport == "ray":
+            from cluster.ray_transport import spawn
+
+            return await spawn(name, self._run, build, resources)
+        actor = build()
+        await start(actor)
+        return InlineTransport(name, actor)
+
+    async def stop(self, name: str) -> None:
+        """End an actor and give back what it took."""
+        for transport in self._started.pop(name):
+            if isinstance(transport, InlineTransport):
+                await transport.actor.close()
+            else:
+                from cluster.ray_transport import RayTransport, stop
+
+                assert isinstance(transport, RayTransport)
+                await stop(transport)
+        self._handles.pop(name, None)
+        self._committed.pop(name, None)
+
+    async def steps(self, state: LoopState, *, first: int = 1) -> AsyncIterator[Step]:
+        """The steps of the run that are left, `first` to `config.steps`, each committed when it ends.
+
+        The run's folder is created or taken over here, after all actors are up: a run that cannot start
+        leaves nothing behind. Raises BadInput if the folder belongs to another configuration.
+        """
+        config = self.config
+        saved = {"method": self.method, **config.model_dump(mode="json")}
+        self.directory.open(saved, config.MAY_CHANGE)
+        tracker = open_tracker(config.wandb, self.directory.path, config.wandb_project, self._run, saved)
+        self._open.callback(tracker.close)
+        latest = self.directory.latest()
+        done = int(latest.name.removeprefix("step-")) if latest else first - 1
+        title = f"{self.method} {self._run}"
+        progress = self._open.enter_context(
+            Progress(title, config.steps, done=max(done, 0), headline=self._headline)
+        )
+        iterator = steps(
+            self.directory,
+            self._committed,
+            state,
+            first=first,
+            total=config.steps,
+            seed=config.seed,
+            checkpoint_every=config.checkpoint_every,
+            keep=config.keep_checkpoints,
+            show=progress.activity,
+            on_commit=functools.partial(_show, progress, tracker),
+        )
+        async with aclosing(iterator):
+            async for step in iterator:
+                before = self._call_seconds()
+                yield step
+                after = self._call_seconds()
+                step.time({key: after[key] - before.get(key, 0.0) for key in after})
+
+    def _call_seconds(self) -> dict[str, float]:
+        """Seconds spent so far in calls, by `actor.method`."""
+        return {
+            f"{name}.{method}": seconds
+            for name, handle in self._handles.items()
+            for method, seconds in call_times(handle).seconds.items()
+        }
+
+    def metrics(self) -> list[dict[str, float]]:
+        """The committed rows of metrics.jsonl, in order of steps."""
+        file = self.directory.path / "metrics.jsonl"
+        if not file.is_file():
+            return []
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+    def finished(self) -> str:
+        """Why the run ended before its last step, if it did."""
+        latest = self.directory.latest()
+        return read_manifest(latest).finished if latest else ""
+
+    def summarize(self, summary: Summary) -> None:
+        """Keep the result of the run with it; the report shows it first."""
+        values = summary.model_dump(exclude={"panels"})
+        write_atomically(self.directory.path / "summary.json", json.dumps(values, ensure_ascii=False, indent=1))
+        write_atomically(self.directory.path / "panels.json", json.dumps(summary.panels, indent=1))
+
+
+def _show(progress: Progress, tracker: Tracker, step: Step) -> None:
+    progress.step(step.index, step.metrics, step.timings)
+    tracker.log(step.index, step.metrics)

@@ -1,0 +1,51 @@
+"""The part of a configuration that every method has."""
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from protocols.service import Message
+
+
+class MethodConfig(Message):
+    """Where a run lives, how long it is, and what carries its calls."""
+
+    # Keys that may differ when a run is continued: they do not change what a step computes.
+    MAY_CHANGE: ClassVar[frozenset[str]] = frozenset(
+        {
+            "run",
+            "runs_dir",
+            "steps",
+            "transport",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "wandb",
+            "wandb_project",
+            "deadline_s",
+        }
+    )
+
+    # Short names for nested keys, for the command line and for files.
+    SHORTCUTS: ClassVar[dict[str, str]] = {}
+
+    run: str = Field(default="", pattern=r"^[A-Za-z0-9._-]*$")
+    """Name of the run and of its folder; empty: the method's name and a digest of the configuration, so that
+    the same command continues the same run."""
+    runs_dir: str = "runs"
+    """Folder that holds the runs."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of everything that is drawn."""
+    steps: int = Field(default=100, ge=0)
+    """Steps of the run; a finished run goes on when this is raised."""
+    transport: Literal["inline", "ray"] = "inline"
+    """`inline`: all actors in this process. `ray`: each in a Ray actor."""
+    checkpoint_every: int = Field(default=10, ge=1)
+    """Steps between commits; a run that was stopped continues from the last one."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """Checkpoints that are kept, the latest ones."""
+    wandb: Literal["disabled", "offline", "online"] = "offline"
+    """Weights & Biases: `offline` writes to the run's folder, `online` also uploads (needs WANDB_API_KEY)."""
+    wandb_project: str = "repertory"
+    """Weights & Biases project."""
+    deadline_s: float = Field(default=3600.0, gt=0)
+    """Longest wait for one call to an actor, in seconds; then the run fails and names the actor."""

@@ -1,0 +1,181 @@
+"""From a YAML file and `key=value` words to a method's configuration, and its description for --help."""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from cluster.config import MethodConfig
+from protocols.errors import BadInput, describe_validation_error
+
+C = TypeVar("C", bound=MethodConfig)
+
+
+def configure(
+    kind: type[C],
+    words: Sequence[str],
+    file: Path | None = None,
+    preset: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
+) -> C:
+    """The configuration that a command line means: words over file over preset over defaults.
+
+    Raises BadInput that names the key, the value and what was expected; an unknown key gets its nearest.
+    """
+    given: dict[str, Any] = {}
+    if file is not None:
+        given = merged(given, _expand(kind, _read_yaml(file)))
+    for word in words:
+        given = merged(given, _expand(kind, _override(kind, word)))
+    _check_keys(kind, given)
+    if preset is not None:
+        given = merged(preset(given), given)
+    try:
+        return kind.model_validate(given)
+    except ValidationError as error:
+        raise BadInput(describe_validation_error(error)) from error
+
+
+def run_name(method: str, config: MethodConfig) -> str:
+    """The run's name: the given one, or one that every equal configuration gets."""
+    if config.run:
+        return config.run
+    values = config.model_dump(mode="json", exclude=set(config.MAY_CHANGE))
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    return f"{method}-{digest[:8]}"
+
+
+def describe(kind: type[MethodConfig]) -> Iterator[tuple[str, str, str, str]]:
+    """Every key with its type, default and meaning."""
+    for name, target in kind.SHORTCUTS.items():
+        yield name, "", "", f"short for {target}"
+    yield from _describe(kind, "")
+
+
+def _describe(kind: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str, str]]:
+    for name, field in kind.model_fields.items():
+        path = f"{prefix}{name}"
+        inner = _model_of(field.annotation)
+        meaning = " ".join((field.description or "").split())
+        if inner is None or field.default is None:
+            yield path, _type_name(field.annotation), _shown(field), meaning
+        if inner is not None:
+            yield from _describe(inner, f"{path}.")
+
+
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Two nested mappings as one; where both have a leaf, the second wins."""
+    result = dict(base)
+    for key, value in over.items():
+        old = result.get(key)
+        both = isinstance(old, Mapping) and isinstance(value, Mapping)
+        result[key] = merged(old, value) if both else value  # type: ignore[arg-type]
+    return result
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadInput(f"--config: cannot read {file}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise BadInput(f"--config: {file} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise BadInput(f"--config: {file}: expected keys with values")
+    # A run's own config.yaml can be given as it is; it also names its method.
+    values.pop("method", None)
+    return values
+
+
+def _override(kind: type[MethodConfig], word: str) -> dict[str, Any]:
+    key, equals, text = word.partition("=")
+    if not equals or not key:
+        raise BadInput(f"{word!r}: expected key=value")
+    path = kind.SHORTCUTS.get(key, key)
+    value: Any = text if _is_text(_annotation(kind, path)) else _yaml_value(key, text)
+    for part in reversed(path.split(".")):
+        value = {part: value}
+    return dict(value)
+
+
+def _yaml_value(key: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise BadInput(f"{key}: got {text!r}, which cannot be read as a value") from error
+
+
+def _expand(kind: type[MethodConfig], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Shortcuts at the top level become the keys they are short for."""
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        for part in reversed(kind.SHORTCUTS.get(str(key), str(key)).split(".")):
+            value = {part: value}
+        result = merged(result, value)
+    return result
+
+
+def _check_keys(kind: type[MethodConfig], given: Mapping[str, Any]) -> None:
+    """Raise BadInput for the first unknown key, with the nearest known one."""
+    known = [name for name, *_ in describe(kind)]
+    for path in _unknown(kind, given, ""):
+        by_end = [name for name in known if name.split(".")[-1] == path.split(".")[-1]]
+        near = by_end or difflib.get_close_matches(path, known, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise BadInput(f"{path}: unknown key{hint} (--help lists all keys)")
+
+
+def _unknown(kind: type[BaseModel], given: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    for key, value in given.items():
+        field = kind.model_fields.get(str(key))
+        if field is None:
+            yield f"{prefix}{key}"
+            continue
+        inner = _model_of(field.annotation)
+        if inner is not None and isinstance(value, Mapping):
+            yield from _unknown(inner, value, f"{prefix}{key}.")
+
+
+def _annotation(kind: type[BaseModel], path: str) -> Any:
+    """Type of the field at a dotted path, or None if there is none."""
+    head, _, rest = path.partition(".")
+    field = kind.model_fields.get(head)
+    if field is None:
+        return None
+    inner = _model_of(field.annotation)
+    if not rest:
+        return field.annotation
+    return _annotation(inner, rest) if inner else None
+
+
+def _model_of(annotation: Any) -> type[BaseModel] | None:
+    """The model that a field holds, if it holds one (or one or nothing)."""
+    candidates = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    models = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+    return models[0] if len(models) == 1 else None
+
+
+def _is_text(annotation: Any) -> bool:
+    """Whether a word on the command line is the value itself, so that `run=007` stays as it is."""
+    choices = get_args(annotation) if get_origin(annotation) is Literal else ()
+    return annotation is str or bool(choices) and all(isinstance(choice, str) for choice in choices)
+
+
+def _type_name(annotation: Any) -> str:
+    name = annotation.__name__ if isinstance(annotation, type) and not get_args(annotation) else str(annotation)
+    for noise in ("typing.", "collections.abc.", "protocols.questions.", "methods.spell_maths."):
+        name = name.replace(noise, "")
+    return name.replace("Literal[", "one of [")
+
+
+def _shown(field: FieldInfo) -> str:
+    default = field.get_default(call_default_factory=True)
+    if isinstance(default, dict):
+        default = {str(key): value for key, value in default.items()}
+    return json.dumps(default, default=str)

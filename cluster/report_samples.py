@@ -1,0 +1,147 @@
+"""Which sampled texts a report shows: a bounded choice from samples.jsonl, read without holding the file."""
+
+import json
+import math
+import statistics
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+
+MOST_SAMPLES = 600
+MOST_BYTES = 4_000_000
+PER_STEP = 20
+"""With more samples than `MOST_SAMPLES`, a step shows about this many, so that about 30 steps are shown."""
+LONGEST_TEXT = 20_000
+"""Longer texts lose their middle, and are cut shorter still while the choice is over `MOST_BYTES`."""
+
+Sample = dict[str, str | int | float | bool | None]
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The chosen rows, in the order of the file, and what they were chosen from."""
+
+    rows: list[Sample] = field(default_factory=list)
+    total: int = 0
+    steps: int = 0
+    total_steps: int = 0
+    unreadable: int = 0
+    """Lines that are no JSON object; the last line of a killed run is one."""
+    longest_text: int = LONGEST_TEXT
+    """Texts of more characters than this are shown without their middle."""
+
+    @property
+    def json(self) -> str:
+        """The rows as JSON that is safe inside a script element, whatever the texts contain."""
+        text = json.dumps(self.rows, ensure_ascii=False, separators=(",", ":"))
+        for char in "<>&\u2028\u2029":
+            text = text.replace(char, f"\\u{ord(char):04x}")
+        return text
+
+
+def choose_samples(path: Path, most: int = MOST_SAMPLES, most_bytes: int = MOST_BYTES) -> Samples:
+    """First and last step and evenly spaced ones between; of each step, questions with all their roles."""
+    if not path.is_file():
+        return Samples()
+    with path.open("rb") as file:
+        places, unreadable = _places(file)
+        counts = {step: len(offsets) for step, offsets in places.items()}
+        steps = _chosen_steps(counts, most)
+        quota = most // max(1, len(steps)) if sum(counts.values()) > most else most
+        rows = [row for step in steps for row in _chosen_rows(_read(file, places[step]), quota)]
+    shown, longest = _fit(rows, most_bytes)
+    return Samples(shown, sum(counts.values()), len(steps), len(counts), unreadable, longest)
+
+
+def spread(items: Sequence[Item], count: int) -> list[Item]:
+    """At most `count` items, evenly spaced, the first and the last among them."""
+    if len(items) <= count:
+        return list(items)
+    if count < 2:
+        return list(items[:count])
+    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
+
+
+def _places(file: BinaryIO) -> tuple[dict[int, "array[int]"], int]:
+    """Step -> where its lines begin; and the number of lines that cannot be read."""
+    places: dict[int, array[int]] = {}
+    unreadable = offset = 0
+    for line in file:
+        row = _parsed(line)
+        if row is not None:
+            step = row.get("step")
+            places.setdefault(step if isinstance(step, int) else 0, array("q")).append(offset)
+        elif line.strip():
+            unreadable += 1
+        offset += len(line)
+    return places, unreadable
+
+
+def _parsed(line: bytes) -> dict[str, object] | None:
+    try:
+        row = json.loads(line.decode("utf-8", errors="replace"))
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def _read(file: BinaryIO, offsets: "array[int]") -> list[dict[str, object]]:
+    rows = []
+    for offset in offsets:
+        file.seek(offset)
+        row = _parsed(file.readline())
+        if row is not None:
+            rows.append(row)
+    return rows
+
+
+def _chosen_steps(counts: dict[int, int], most: int) -> list[int]:
+    steps = sorted(counts)
+    if sum(counts.values()) <= most:
+        return steps
+    typical = max(1, min(PER_STEP, round(statistics.median(counts.values()))))
+    return spread(steps, max(2, most // typical))
+
+
+def _chosen_rows(rows: list[dict[str, object]], quota: int) -> list[dict[str, object]]:
+    """Up to `quota` rows of one step: of many questions few samples of each role, before more of the same."""
+    order: dict[object, int] = {}
+    seen: dict[tuple[object, object], int] = {}
+    ranked = []
+    for index, row in enumerate(rows):
+        uid = str(row.get("uid", index))
+        number = order.setdefault(uid, len(order))
+        role = (uid, str(row.get("role")))
+        seen[role] = seen.get(role, 0) + 1
+        # Multiples of the golden ratio spread the questions over the step, however many are taken.
+        ranked.append(((seen[role] - 1) // 2, number * 0.6180339887 % 1, index))
+    return [rows[index] for index in sorted(index for _, _, index in sorted(ranked)[:quota])]
+
+
+def _fit(rows: list[dict[str, object]], most_bytes: int) -> tuple[list[Sample], int]:
+    """Shorten texts, then drop rows, until the JSON is small enough."""
+    longest = LONGEST_TEXT
+    while True:
+        clean: list[Sample] = [{str(k): _clean(v, longest) for k, v in row.items()} for row in rows]
+        if len(clean) < 2 or len(Samples(clean).json.encode("utf-8", errors="replace")) <= most_bytes:
+            return clean, longest
+        if longest > 500:
+            longest //= 2
+        else:
+            rows = rows[::2]
+
+
+def _clean(value: object, longest: int) -> str | int | float | bool | None:
+    """A scalar that JSON knows; lists and objects become text, and long texts lose their middle."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if len(text) <= longest:
+        return text
+    head, tail = longest * 2 // 3, longest // 3
+    return f"{text[:head]}\n[… {len(text) - head - tail:,} characters left out …]\n{text[-tail:]}"

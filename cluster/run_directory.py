@@ -1,0 +1,184 @@
+"""The folder of a run: configuration, metrics, samples, checkpoints.
+
+A commit is one rename. Rows are appended to metrics and samples as steps end; a checkpoint records how long
+those files were, and whoever continues the run cuts them back to that length first. So a process may be
+killed at any moment, and every step is in metrics.jsonl once.
+"""
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import yaml
+
+from protocols.errors import BadInput, Corrupt, Stale
+from protocols.service import Message
+
+JOURNALS = ("metrics.jsonl", "samples.jsonl")
+
+
+class Manifest(Message):
+    """What a checkpoint holds, written last."""
+
+    step: int
+    """The step that it was made after."""
+    finished: str = ""
+    """Why the run ended with this step, if it did so early."""
+    journals: dict[str, int]
+    """Length of each journal in bytes, as of this step."""
+    files: dict[str, str]
+    """SHA-256 of every other file, by relative path."""
+
+
+class RunDirectory:
+    """One run on disk. Only one process at a time may hold it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self._lock: TextIO | None = None
+
+    def open(self, config: Mapping[str, Any], may_change: Iterable[str]) -> None:
+        """Create the folder, or take over one with the same configuration.
+
+        Raises BadInput if it belongs to another configuration, Stale if another process holds it.
+        """
+        file = self.path / "config.yaml"
+        if file.is_file():
+            check_same_config(file, config, may_change)
+        elif self.path.exists() and any(self.path.iterdir()):
+            raise BadInput(f"run: {self.path} exists and is not a run (no config.yaml); choose another run=")
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self._acquire()
+        write_atomically(file, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+
+    def _acquire(self) -> None:
+        self._lock = open(self.path / ".lock", "w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.close()
+            self._lock = None
+            raise Stale(f"run: {self.path} is in use by another process") from None
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def append(self, journal: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Add rows to a journal, one JSON object per line."""
+        with open(self.path / journal, "a", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps(_finite(row), ensure_ascii=False) + "\n")
+
+    def latest(self) -> Path | None:
+        """The last complete checkpoint."""
+        complete = sorted(p for p in self.checkpoints.glob("step-*") if (p / "manifest.json").is_file())
+        return complete[-1] if complete else None
+
+    def begin_checkpoint(self) -> Path:
+        """An empty folder to write a checkpoint into; what an interrupted one left behind is removed."""
+        staging = self.checkpoints / ".staging"
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+        return staging
+
+    def commit(self, staging: Path, step: int, finished: str, keep: int) -> Path:
+        """Make a written checkpoint the latest, in one rename, and remove all but the last `keep`."""
+        journals = {name: self._flushed_size(name) for name in JOURNALS}
+        files = {str(p.relative_to(staging)): _digest(p) for p in sorted(staging.rglob("*")) if p.is_file()}
+        manifest = Manifest(step=step, finished=finished, journals=journals, files=files)
+        write_atomically(staging / "manifest.json", manifest.model_dump_json(indent=1))
+        target = self.checkpoints / f"step-{step:06d}"
+        os.rename(staging, target)
+        _sync(self.checkpoints)
+        for old in sorted(self.checkpoints.glob("step-*"))[:-keep]:
+            shutil.rmtree(old)
+        return target
+
+    def _flushed_size(self, journal: str) -> int:
+        file = self.path / journal
+        if not file.exists():
+            return 0
+        _sync(file)
+        return file.stat().st_size
+
+    def rewind(self, manifest: Manifest | None) -> None:
+        """Cut the journals back to a checkpoint, or to nothing."""
+        for journal in JOURNALS:
+            file = self.path / journal
+            if file.exists():
+                os.truncate(file, manifest.journals.get(journal, 0) if manifest else 0)
+
+
+def read_manifest(checkpoint: Path) -> Manifest:
+    """The manifest of a checkpoint whose files are all as they were written.
+
+    Raises Corrupt that names the damaged file.
+    """
+    try:
+        manifest = Manifest.model_validate_json((checkpoint / "manifest.json").read_text())
+    except ValueError as error:
+        raise Corrupt(f"{checkpoint}/manifest.json is damaged: {error}") from error
+    for name, digest in manifest.files.items():
+        file = checkpoint / name
+        if not file.is_file() or _digest(file) != digest:
+            raise Corrupt(
+                f"{file} is damaged or missing; remove the folder {checkpoint} to continue from the one before"
+            )
+    return manifest
+
+
+def check_same_config(file: Path, config: Mapping[str, Any], may_change: Iterable[str]) -> None:
+    """Raise BadInput that names the first key in which the configuration differs from the saved one."""
+    saved = yaml.safe_load(file.read_text()) or {}
+    free = set(may_change)
+    old, new = flatten(saved), flatten(dict(config))
+    for key in sorted(old.keys() | new.keys()):
+        if key.split(".")[0] not in free and old.get(key) != new.get(key):
+            raise BadInput(
+                f"run: {file.parent} was made with {key}={old.get(key)!r}, now it is {new.get(key)!r};"
+                " choose another run=, or give it the old value"
+            )
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    if not isinstance(value, Mapping) or not value:
+        return {prefix: value}
+    parts = (flatten(inner, f"{prefix}.{key}" if prefix else str(key)) for key, inner in value.items())
+    return {key: leaf for part in parts for key, leaf in part.items()}
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Write a file so that it is there whole or not at all."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    _sync(temporary)
+    os.replace(temporary, file)
+
+
+def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN and no infinity; they become null."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+
+
+def _digest(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

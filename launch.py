@@ -1,0 +1,173 @@
+"""The one command: `launch.py METHOD [--config FILE] [key=value ...]`, `launch.py report RUN`, `launch.py methods`."""
+
+import argparse
+import ast
+import asyncio
+import contextlib
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+METHODS = Path(__file__).parent / "methods"
+BAD_INPUT, FAILED, ENDED_EARLY = 2, 1, 3
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command. Returns the exit code: 0 done, 1 failed, 2 bad input, 3 the run ended itself early."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    from protocols.errors import BadInput, RepertoryError
+
+    try:
+        return _dispatch(words)
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except RepertoryError as error:
+        if error.__cause__ is not None and error.code == "INTERNAL":
+            import traceback
+
+            traceback.print_exception(error.__cause__)
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+
+
+def _dispatch(words: list[str]) -> int:
+    command = words[0] if words else "--help"
+    if command in ("-h", "--help"):
+        return _overview()
+    if command == "methods":
+        return _list_methods()
+    if command == "report":
+        return _report(words[1:])
+    if command not in method_summaries():
+        return _unknown(command)
+    return _method(command, words[1:])
+
+
+def method_summaries() -> dict[str, str]:
+    """First line of the docstring of every script in methods/ that has a `run`, by name."""
+    found: dict[str, str] = {}
+    for file in sorted(METHODS.glob("*.py")):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        if any(isinstance(node, ast.AsyncFunctionDef) and node.name == "run" for node in tree.body):
+            found[file.stem] = (ast.get_docstring(tree) or "").split("\n")[0]
+    return found
+
+
+def _overview() -> int:
+    print(__doc__)
+    print("\nlaunch.py METHOD --help lists a method's keys.\n\nMethods:")
+    return _list_methods()
+
+
+def _list_methods() -> int:
+    for name, summary in method_summaries().items():
+        print(f"  {name:12} {summary}")
+    return 0
+
+
+def _unknown(command: str) -> int:
+    import difflib
+
+    known = [*method_summaries(), "methods", "report"]
+    near = difflib.get_close_matches(command, known, n=1)
+    hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"
+    print(f"error: {command!r} is neither a method nor a command{hint}", file=sys.stderr)
+    return BAD_INPUT
+
+
+def _report(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="launch.py report", description="Write the report of a run anew.")
+    parser.add_argument("run", help="name of the run, or its folder")
+    parser.add_argument("--runs-dir", default="runs", help="folder that holds the runs (default: runs)")
+    options = parser.parse_args(words)
+    from cluster.report import write_report
+    from protocols.errors import BadInput
+
+    folders = [Path(options.run), Path(options.runs_dir) / options.run]
+    run = next((folder for folder in folders if (folder / "config.yaml").is_file()), None)
+    if run is None:
+        raise BadInput(f"report: no run at {' or '.join(map(str, folders))}")
+    print(f"report: {write_report(run)}")
+    return 0
+
+
+def _method(name: str, words: list[str]) -> int:
+    module = importlib.import_module(f"methods.{name}")
+    parser = argparse.ArgumentParser(prog=f"launch.py {name}", add_help=False)
+    parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("--config", type=Path)
+    options, overrides = parser.parse_known_args(words)
+    if options.help:
+        return _help(name, module)
+    from cluster.configure import configure, run_name
+
+    config = configure(module.Config, overrides, options.config, getattr(module, "preset", None))
+    return _run(name, module, config, run_name(name, config))
+
+
+def _help(name: str, module: ModuleType) -> int:
+    from cluster.configure import describe
+
+    print(f"{module.__doc__}\nusage: launch.py {name} [--config FILE] [key=value ...]\n")
+    for key, kind, default, meaning in describe(module.Config):
+        print(f"{key}  {kind}  = {default}" if kind else key)
+        print(f"    {meaning}")
+    return 0
+
+
+def _run(name: str, module: ModuleType, config: object, run: str) -> int:
+    """Run a method to its end, or until Ctrl-C or SIGTERM."""
+    outcome = {"code": 0}
+    try:
+        asyncio.run(_in_cluster(name, module, config, run, outcome))
+    except KeyboardInterrupt:
+        outcome["code"] = 128 + signal.SIGINT
+    except asyncio.CancelledError:
+        outcome["code"] = 128 + signal.SIGTERM
+    if outcome["code"] > 128:
+        print("stopped; the same command continues from the last commit", file=sys.stderr)
+    return outcome["code"]
+
+
+async def _in_cluster(
+    name: str, module: ModuleType, config: object, run: str, outcome: dict[str, int]
+) -> None:
+    from cluster.cluster import Cluster
+    from cluster.config import MethodConfig
+
+    assert isinstance(config, MethodConfig)
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    headline = getattr(module, "HEADLINE", ())
+    async with Cluster(config, method=name, run=run, headline=headline) as cluster:
+        await module.run(cluster, config)
+        finished = cluster.finished()
+    _conclude(cluster.directory.path, finished)
+    outcome["code"] = ENDED_EARLY if finished else 0
+
+
+def _conclude(folder: Path, finished: str) -> None:
+    """Print the result of a run and where its report is."""
+    from cluster.report import write_report
+    from cluster.summary import show_summary
+
+    show_summary(folder)
+    if finished:
+        print(f"the run ended itself: {finished}", file=sys.stderr)
+    print(f"run:    {_relative(folder)}\nreport: {_relative(write_report(folder))}")
+
+
+def _relative(path: Path) -> str:
+    with contextlib.suppress(ValueError):
+        return str(path.relative_to(Path.cwd()))
+    return os.fspath(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,233 @@
+"""SPELL: self-play reinforcement learning on unlabelled documents (arXiv 2509.23863).
+
+One policy plays three roles. The questioner writes a question with a reference answer from some documents of a
+cluster; the responder answers it from all of them, several times; the verifier votes on whether answer and
+reference mean the same. All three learn from one combined update, strictly on-policy. Where this differs from the
+paper and its reference code is in docs/methods/spell.md.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from cluster.cluster import Cluster
+from cluster.pipeline import in_order
+from cluster.steps import LoopState, Step
+from methods.spell_audit import Examiner, fallen, gate
+from methods.spell_batch import Batch, assemble, loss_terms, train_rows
+from methods.spell_config import Config, preset
+from methods.spell_report import log_rounds, log_samples, summary
+from methods.spell_rounds import Cast, ClusterSource, Fate, Round, given, play, propose
+from methods.worlds.ledger import LedgerWorld
+from methods.worlds.ledger_base import ledger_base
+from methods.worlds.text import TextWorld
+from methods.worlds.world import World
+from protocols.errors import Stale
+from protocols.policy import PolicyConfig, PolicyService, ScoreRequest
+from protocols.questioner import RememberRequest
+from protocols.questions import Cluster as DocumentCluster
+from protocols.questions import GoldQuestion
+from protocols.service import Empty
+from protocols.training import ForwardBackwardRequest, OptimStepRequest, TrainRow
+
+__all__ = ["HEADLINE", "Config", "preset", "run"]
+
+HEADLINE = ("reward/responder", "eval/gold")
+KEEP_RATE_WINDOW = 5
+
+
+class State(LoopState):
+    """What the loop carries from step to step beside weights and history memory."""
+
+    drawn: dict[str, int] = {}
+    """Clusters dealt out so far, by task."""
+    keep_rates: list[tuple[int, int]] = []
+    """Questions asked and questions good, of the last steps."""
+    extra_documents: int = 0
+    """How much m was raised because steps starved."""
+    best_gold: float = 0.0
+    """Best gold accuracy of any evaluation."""
+    falls: int = 0
+    """Evaluations in a row clearly below it."""
+
+
+async def run(cluster: Cluster, config: Config) -> None:
+    """Train a policy by self-play."""
+    world = make_world(config)
+    cast, reference, judge = await make_cast(cluster, config)
+    examiner = Examiner(cast, world, config, judge)
+    state = State()
+
+    async for step in cluster.steps(state, first=0):
+        if step.index > 0:
+            rounds = await self_play(step, cast, world, config, state)
+            batch = assemble(rounds, config, step.rng("batch"))
+            starved = batch.good < config.starved_share * config.questions_per_step
+            if starved:
+                state.extra_documents += 1
+            else:
+                step.log(await learn(cast.policy, reference, batch, config, step))
+            log_rounds(step, rounds, batch, starved, world)
+            await log_samples(step, batch, config, cast.policy)
+
+        if step.index % config.test_every == 0 or step.index == config.steps:
+            step.activity("evaluating")
+            metrics = await examiner.examine(step.index, config.questioner.documents + state.extra_documents)
+            step.log(metrics)
+            reason = gate(metrics, config.audit) if step.index == 0 else ""
+            if "eval/gold" in metrics:
+                state.best_gold, state.falls, fall = fallen(
+                    metrics["eval/gold"], state.best_gold, state.falls, config.audit
+                )
+                reason = reason or fall
+            if reason and config.audit.enforce:
+                step.stop(reason)
+
+    cluster.summarize(summary(cluster.metrics(), world, config, cluster.finished()))
+
+
+def make_world(config: Config) -> World:
+    """The documents and what is known about them."""
+    if config.world == "ledger":
+        return LedgerWorld(config.seed, config.ledger.training_clusters, config.ledger.heldout_clusters)
+    return TextWorld(config.text, config.seed)
+
+
+async def make_cast(
+    cluster: Cluster, config: Config
+) -> tuple[Cast, PolicyService | None, PolicyService | None]:
+    """The three roles over one policy; a frozen copy of the base if there is a KL; a judge if one is named."""
+    model = config.policy
+    if config.world == "ledger":
+        base = await ledger_base(cluster, config.ledger, config.policy, config.seed)
+        model = model.model_copy(update={"model": base})
+    policy = await cluster.policy(model)
+    cast = Cast(
+        policy,
+        await cluster.questioner(config.questioner, policy),
+        await cluster.verifier(config.verifier, policy),
+    )
+    frozen = model.model_copy(update={"trainer": None, "lora": None})
+    reference = await cluster.policy(frozen, name="reference") if config.loss.kl_coef else None
+    judge = None
+    if config.audit.judge:
+        judge = await cluster.policy(PolicyConfig(model=config.audit.judge, trainer=None), name="judge")
+    return cast, reference, judge
+
+
+async def self_play(step: Step, cast: Cast, world: World, config: Config, state: State) -> list[Round]:
+    """Ask questions until N are good (section 2.2, steps 1 to 8).
+
+    Chunks of questions are in different stages at the same time. A new one is launched only if those done and
+    those under way, at the usual share of good ones, do not promise enough; at most `most_batches` generation
+    batches are. Results are taken in the order of launching, so the outcome does not depend on timing.
+    """
+    gold = given_questions(world, config)
+    playable = [one for one in world.training if not gold or one.question_id in gold]
+    source = ClusterSource(playable, config.task_weights, config.seed, state.drawn)
+    keep_rate = usual_keep_rate(state, config)
+    most = config.most_batches * config.generation_batch
+    rounds: list[Round] = []
+    busy: set[str] = set()
+    launched = 0
+
+    def draw() -> tuple[int, list[DocumentCluster]] | None:
+        nonlocal launched
+        good = sum(round_.fate is Fate.GOOD for round_ in rounds)
+        promised = good + keep_rate * (launched - len(rounds))
+        if promised >= config.questions_per_step or launched >= most:
+            return None
+        chunk = source.draw(config.chunk, busy)
+        if not chunk:
+            return None
+        busy.update(one.question_id for one in chunk)
+        launched += len(chunk)
+        return launched, chunk
+
+    async def work(item: tuple[int, list[DocumentCluster]]) -> list[Round]:
+        number, clusters = item
+        uids = [f"{step.index}-{number - len(clusters) + i}" for i in range(len(clusters))]
+        seed = step.seed("chunk", number)
+        if gold:
+            rng = step.rng("gold", number)
+            fresh = [given(c, rng.choice(gold[c.question_id]), u) for c, u in zip(clusters, uids, strict=True)]
+        else:
+            documents = config.questioner.documents + state.extra_documents
+            fresh = await propose(cast, config, clusters, uids, seed, documents)
+        return await play(cast, config, fresh, seed)
+
+    async for done in in_order(draw, work, config.chunks_in_flight):
+        rounds += done
+        busy.difference_update(round_.cluster.question_id for round_ in done)
+        worth = [round_.proposal for round_ in done if is_remembered(round_, config)]
+        await cast.questioner.remember(RememberRequest(proposals=worth))
+        good = sum(round_.fate is Fate.GOOD for round_ in rounds)
+        step.activity(f"{good} of {config.questions_per_step} good questions, {len(rounds)} asked")
+    state.keep_rates = [*state.keep_rates, (len(rounds), good)][-KEEP_RATE_WINDOW:]
+    return rounds
+
+
+def usual_keep_rate(state: State, config: Config) -> float:
+    """Share of good questions in the last steps; at the start, what the generation batch is sized for."""
+    asked = sum(asked for asked, _ in state.keep_rates)
+    if not asked:
+        return min(1.0, config.questions_per_step / config.generation_batch)
+    return max(0.02, sum(good for _, good in state.keep_rates) / asked)
+
+
+def is_remembered(round_: Round, config: Config) -> bool:
+    """Whether a question enters the history memory (section 2.8)."""
+    if not round_.rewards or config.proposals == "gold":
+        return False
+    return 0 < round_.accuracy < 1 or (config.remember == "solvable" and round_.accuracy == 1)
+
+
+async def learn(
+    policy: PolicyService, reference: PolicyService | None, batch: Batch, config: Config, step: Step
+) -> dict[str, float]:
+    """The combined update (section 2.7): one optimiser step on all roles, or several if epochs ask for them."""
+    version = (await policy.info(Empty())).version
+    rows = train_rows(batch.samples, per_role=config.roles.weights is not None)
+    check_on_policy(rows, version)
+    if config.epochs * config.mini_batches > 1:
+        rows = await scored(policy, rows, "sampled_logprobs", config.loss.temperature)
+    if reference is not None:
+        rows = await scored(reference, rows, "reference_logprobs", config.loss.temperature)
+    losses = loss_terms(config)
+    for epoch in range(config.epochs):
+        order = step.rng("order", epoch).permutation(len(rows))
+        for part in np.array_split(order, config.mini_batches):
+            step.activity(f"training on {len(part)} rows")
+            chosen = [rows[i] for i in sorted(part)]
+            report = await policy.forward_backward(ForwardBackwardRequest(rows=chosen, losses=losses))
+            update = await policy.optim_step(OptimStepRequest())
+    await policy.publish(Empty())
+    metrics = {"train/loss": report.loss, "train/grad_norm": update.grad_norm, "train/lr": update.learning_rate}
+    for term, part in report.terms.items():
+        metrics |= {f"train/{term}_{name}": value for name, value in part.metrics.items()}
+    return metrics
+
+
+def check_on_policy(rows: Sequence[TrainRow], version: int) -> None:
+    """Raise Stale if any token to be trained on was sampled under other weights than the present ones."""
+    for row in rows:
+        assert row.versions is not None
+        sampled = {int(v) for v in np.unique(row.versions.array)} - {-1}
+        if sampled != {version}:
+            raise Stale(f"{row.row_id} was sampled under the weights {sorted(sampled)}, now they are {version}")
+
+
+async def scored(policy: PolicyService, rows: list[TrainRow], name: str, temperature: float) -> list[TrainRow]:
+    """The rows with log-probs under a policy in the named field."""
+    request = ScoreRequest(sequences=[row.tokens for row in rows], temperature=temperature)
+    logprobs = (await policy.score(request)).logprobs
+    return [row.model_copy(update={name: values}) for row, values in zip(rows, logprobs, strict=True)]
+
+
+def given_questions(world: World, config: Config) -> dict[str, list[GoldQuestion]]:
+    """Gold questions by training cluster, if the run trains on those instead of its own."""
+    by_cluster: dict[str, list[GoldQuestion]] = {}
+    if config.proposals == "gold":
+        for question in world.gold(world.training):
+            by_cluster.setdefault(question.question_id, []).append(question)
+    return by_cluster

@@ -1,0 +1,208 @@
+"""What SPELL's own reward cannot tell: gold accuracy, the share of wrong references, the gate against collusion.
+
+Loop reward rises in every run, also where questioner and responder agree on wrong answers (specification,
+section 4). So accuracy is measured on questions with known answers, references are audited, a base that writes
+too many wrong ones is refused, and a fall of gold accuracy ends the run.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cluster.seeds import derive_seed
+from methods.spell_config import AuditConfig, Config
+from methods.spell_rounds import Cast, ClusterSource, Round, propose
+from methods.worlds.world import World
+from protocols.messages import ChatMessage, Prompt
+from protocols.policy import PolicyService, Sampled, SampleRequest, TokenizeRequest
+from protocols.prompts import response_prompt
+from protocols.questions import Cluster, GoldQuestion
+from protocols.verifier import JudgeItem, JudgeRequest, VerifierService
+
+CALL = 64
+
+
+@dataclass(frozen=True)
+class Examiner:
+    """Measures a policy against the truth of a world."""
+
+    cast: Cast
+    world: World
+    config: Config
+    judge: PolicyService | None = None
+
+    async def examine(self, step: int, documents: int) -> dict[str, float]:
+        """All that can be measured now, as metrics."""
+        metrics = await self.gold_accuracy()
+        metrics |= await self.verifier_accuracy()
+        metrics |= await self.audit(derive_seed(self.config.seed, "audit", step), documents)
+        return metrics
+
+    async def gold_accuracy(self) -> dict[str, float]:
+        """Share of right answers to held-out questions, in all, by task and by hops. Same questions each time."""
+        questions = self._test_questions()
+        clusters = {cluster.question_id: cluster for cluster in self.world.heldout}
+        right: dict[str, list[float]] = defaultdict(list)
+        for i in range(0, len(questions), CALL):
+            part = questions[i : i + CALL]
+            for question, score in zip(part, await self._scores(part, clusters), strict=True):
+                right["eval/gold"].append(score)
+                right[f"eval/gold_{question.hops}hop"].append(score)
+                right[f"eval/gold_{question.task.value}"].append(score)
+        return {name: float(np.mean(values)) for name, values in right.items()}
+
+    def _test_questions(self) -> list[GoldQuestion]:
+        questions = self.world.gold(self.world.heldout)
+        rng = np.random.default_rng(derive_seed(self.config.seed, "test questions"))
+        chosen = rng.permutation(len(questions))[: self.config.test_questions]
+        return [questions[i] for i in sorted(chosen)]
+
+    async def _scores(self, questions: Sequence[GoldQuestion], clusters: dict[str, Cluster]) -> list[float]:
+        """Share of right answers to each question, over its samples."""
+        prompts = [
+            await self._gold_prompt(question, clusters[question.question_id]) for question in questions
+        ]
+        samples = self.config.test_samples
+        request = SampleRequest(prompts=prompts, n=samples, params=self.config.answer_sampling)
+        results = (await self.cast.policy.sample(request)).results
+        replies = [[completion.text for completion in sampled.completions] for sampled in results]
+        return await best_scores(self.cast.verifier, questions, replies)
+
+    async def _gold_prompt(self, question: GoldQuestion, cluster: Cluster) -> Prompt:
+        """The question over its documents; a prompt over the limit loses the middle (SPELL appendix E.2)."""
+        shown = cluster.paragraphs
+        if self.config.text.gold_on_evidence and question.evidence:
+            shown = [shown[i] for i in question.evidence]
+        text = response_prompt(shown, question)
+        prompt = Prompt(messages=[ChatMessage(role="user", content=text)])
+        seed = derive_seed(self.config.seed, "test answers", question.id)
+        (tokens,) = (await self.cast.policy.tokenize(TokenizeRequest(prompts=[prompt]))).tokens
+        kept = without_middle(tokens.array, self.config.max_input_tokens)
+        return Prompt(tokens=kept, seed=seed, uid=question.id)
+
+    async def verifier_accuracy(self) -> dict[str, float]:
+        """Share of votes that are right, over as many equal as different pairs of answers."""
+        pairs = self.world.verdict_pairs()
+        if not pairs or self.config.verifier.mode == "rules":
+            return {}
+        items = [
+            JudgeItem(
+                uid=str(i),
+                question=question,
+                reply=reply,
+                reference=reference,
+                seed=derive_seed(self.config.seed, "test votes", i),
+            )
+            for i, (question, reply, reference, _) in enumerate(pairs)
+        ]
+        request = JudgeRequest(items=items, votes=self.config.votes, params=self.config.vote_sampling)
+        judgements = (await self.cast.verifier.judge(request)).judgements
+        right: dict[bool, list[float]] = {True: [], False: []}
+        for judgement, (*_, same) in zip(judgements, pairs, strict=True):
+            right[same] += [float(vote == same) for vote in judgement.votes]
+        if not right[True] or not right[False]:
+            return {}
+        return {"eval/verifier": float((np.mean(right[True]) + np.mean(right[False])) / 2)}
+
+    async def audit(self, seed: int, documents: int) -> dict[str, float]:
+        """Shares of fresh proposals that are usable, and among those of known truth, that are right."""
+        weights = self.config.task_weights
+        source = ClusterSource(self.world.training, weights, seed, drawn={})
+        wanted = self.config.audit.proposals
+        rounds: list[Round] = []
+        truths: list[bool] = []
+        while len(truths) < wanted and len(rounds) < 5 * wanted:
+            clusters = source.draw(CALL, busy=set())
+            uids = [f"audit-{len(rounds) + i}" for i in range(len(clusters))]
+            fresh = await propose(self.cast, self.config, clusters, uids, seed, documents)
+            rounds += fresh
+            truths += await self.truths(fresh)
+        usable = [round_ for round_ in rounds if round_.fate is None]
+        metrics = {"audit/usable": len(usable) / len(rounds), "audit/audited": float(len(truths))}
+        if truths:
+            metrics |= {"audit/right": float(np.mean(truths)), "audit/wrong": 1 - float(np.mean(truths))}
+        return metrics
+
+    async def truths(self, rounds: Sequence[Round]) -> list[bool]:
+        """For each usable proposal whose truth can be known, whether its reference is right."""
+        usable = [round_ for round_ in rounds if round_.proposal.status == "ok"]
+        known = [self.world.audit(round_.cluster, round_.proposal) for round_ in usable]
+        open_ = [round_ for round_, truth in zip(usable, known, strict=True) if truth is None]
+        judged = await self._ask_judge(open_)
+        return [truth for truth in known if truth is not None] + judged
+
+    async def _ask_judge(self, rounds: Sequence[Round]) -> list[bool]:
+        """Let a stronger model answer from the same documents; right is what most of its answers match."""
+        if self.judge is None or not rounds:
+            return []
+        prompts = []
+        for round_ in rounds:
+            shown = [round_.cluster.paragraphs[i] for i in round_.proposal.evidence]
+            text = response_prompt(shown, round_.proposal.as_question())
+            seed = derive_seed(self.config.seed, "judge", round_.proposal.uid)
+            prompts.append(Prompt(messages=[ChatMessage(role="user", content=text)], seed=seed))
+        request = SampleRequest(
+            prompts=prompts, n=self.config.audit.judge_samples, params=self.config.answer_sampling
+        )
+        results: list[Sampled] = (await self.judge.sample(request)).results
+        items = [
+            JudgeItem(
+                uid=f"{round_.proposal.uid}/{i}",
+                question=round_.proposal.as_question(),
+                reply=completion.text,
+                reference=round_.proposal.answer,
+            )
+            for round_, sampled in zip(rounds, results, strict=True)
+            for i, completion in enumerate(sampled.completions)
+        ]
+        judgements = (await self.cast.verifier.judge(JudgeRequest(items=items, votes=0))).judgements
+        scores = np.array([judgement.rule_score for judgement in judgements]).reshape(len(rounds), -1)
+        return [bool(share > 0.5) for share in scores.mean(axis=1)]
+
+
+async def best_scores(
+    verifier: VerifierService, questions: Sequence[GoldQuestion], replies: Sequence[Sequence[str]]
+) -> list[float]:
+    """Share of right replies per question, by rule; a reply may match the answer or any of its aliases."""
+    items, owners = [], []
+    for q, (question, texts) in enumerate(zip(questions, replies, strict=True)):
+        for r, text in enumerate(texts):
+            for reference in (question.answer, *question.aliases):
+                items.append(JudgeItem(uid=f"{q}/{r}", question=question, reply=text, reference=reference))
+                owners.append((q, r))
+    judgements = (await verifier.judge(JudgeRequest(items=items, votes=0))).judgements
+    best: dict[tuple[int, int], float] = defaultdict(float)
+    for owner, judgement in zip(owners, judgements, strict=True):
+        best[owner] = max(best[owner], judgement.rule_score)
+    return [float(np.mean([best[q, r] for r in range(len(texts))])) for q, texts in enumerate(replies)]
+
+
+def without_middle(tokens: np.ndarray, limit: int) -> np.ndarray:
+    """The first and the last half of the limit, if there are more tokens than that."""
+    if len(tokens) <= limit:
+        return tokens
+    head = limit // 2
+    return np.concatenate([tokens[:head], tokens[len(tokens) - (limit - head) :]])
+
+
+def gate(metrics: dict[str, float], config: AuditConfig) -> str:
+    """Why a base must not be trained, or nothing. It must write enough right references (section 4)."""
+    if "audit/right" not in metrics or metrics["audit/right"] >= config.least_right:
+        return ""
+    return (
+        f"start gate: only {metrics['audit/right']:.0%} of {metrics['audit/audited']:.0f} audited reference answers"
+        f" are right, {config.least_right:.0%} are needed; such a base teaches itself its own mistakes. Fine-tune"
+        " the questioner's role first, or set audit.enforce=false to train regardless"
+    )
+
+
+def fallen(accuracy: float, best: float, falls: int, config: AuditConfig) -> tuple[float, int, str]:
+    """The best gold accuracy so far, the number of audits in a row that lie clearly below it, and, from the
+    second on, why the run must end."""
+    if accuracy >= best - config.fall:
+        return max(best, accuracy), 0, ""
+    falls += 1
+    reason = f"re-audit: gold accuracy {accuracy:.3f} is more than {config.fall:g} below its best, {best:.3f}, twice"
+    return best, falls, reason + " in a row" if falls >= 2 else ""

@@ -1,0 +1,145 @@
+"""Reading documents, clusters and gold questions from files, with one clear error for each bad row."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from protocols.errors import BadInput
+
+SUFFIXES = (".txt", ".md", ".jsonl")
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document; `text` starts with its title if it has one."""
+
+    id: str
+    text: str
+
+
+@dataclass
+class Library:
+    """Documents by id, in order, and what was left out on the way."""
+
+    documents: dict[str, Document] = field(default_factory=dict)
+    empty: int = 0
+    repeated: int = 0
+
+
+def read_documents(path: Path) -> Library:
+    """All documents of a file or folder of .txt, .md and .jsonl (`id`, `title`, `text`).
+
+    Empty documents and exact repetitions of a text are left out and counted. Raises BadInput that names
+    the file, the line and the field.
+    """
+    library, texts = Library(), set[str]()
+    for file in _files(path):
+        for place, document in _read_file(file):
+            if document.id in library.documents:
+                raise BadInput(f"documents: {place}: the id {document.id!r} occurs twice")
+            if not document.text.strip():
+                library.empty += 1
+            elif document.text in texts:
+                library.repeated += 1
+            else:
+                texts.add(document.text)
+                library.documents[document.id] = document
+    if not library.documents:
+        raise BadInput(f"documents: {path} holds no text")
+    return library
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.exists():
+        raise BadInput(f"documents: {str(path)!r} does not exist")
+    if path.is_file():
+        if path.suffix not in SUFFIXES:
+            raise BadInput(f"documents: {str(path)!r} is not one of {', '.join(SUFFIXES)}")
+        return [path]
+    files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix in SUFFIXES)
+    if not files:
+        raise BadInput(f"documents: the folder {str(path)!r} holds no {', '.join(SUFFIXES)} files")
+    return files
+
+
+def _read_file(file: Path) -> Iterator[tuple[str, Document]]:
+    if file.suffix == ".jsonl":
+        for place, row in read_rows(file, "documents"):
+            yield place, _document(place, row)
+    else:
+        yield str(file), Document(id=file.stem, text=read_text(file, "documents"))
+
+
+def _document(place: str, row: dict[str, Any]) -> Document:
+    texts = {name: row.get(name, "") for name in ("id", "title", "text")}
+    for name in ("id", "text"):
+        if name not in row:
+            raise BadInput(f"documents: {place}: field {name}: required, but missing")
+    for name, value in texts.items():
+        if not isinstance(value, str):
+            raise BadInput(f"documents: {place}: field {name}: got {value!r}, expected text")
+    title, text = texts["title"], texts["text"]
+    # Most texts open with their own title; only the others need it in front.
+    has_title = not title or title in text[: 2 * len(title) + 200]
+    return Document(id=texts["id"], text=text if has_title else f"{title}\n{text}")
+
+
+def read_text(file: Path, what: str) -> str:
+    """A UTF-8 text file. Raises BadInput for a binary one."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{what}: {file} is not UTF-8 text (byte {error.start})") from error
+    except OSError as error:
+        raise BadInput(f"{what}: cannot read {file}: {error.strerror}") from error
+    if "\0" in text:
+        raise BadInput(f"{what}: {file} is not text: it holds a NUL character at {text.index(chr(0))}")
+    return text
+
+
+def read_rows(file: Path, what: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a JSON Lines file, each with `FILE line N`. Raises BadInput for what is no object."""
+    for number, line in enumerate(read_text(file, what).split("\n"), start=1):
+        if not line.strip():
+            continue
+        place = f"{file} line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise BadInput(f"{what}: {place}: not JSON: {error.msg} at column {error.colno}") from error
+        if not isinstance(row, dict):
+            raise BadInput(f"{what}: {place}: expected an object, got {line[:40]!r}")
+        yield place, row
+
+
+def passages(document: Document, words: int) -> list[Document]:
+    """Cut a document into passages of at most so many words, at line ends where possible."""
+    pieces: list[list[str]] = []
+    for line in document.text.split("\n"):
+        tokens = line.split()
+        if pieces and len(pieces[-1]) + len(tokens) <= words:
+            pieces[-1].extend(tokens)
+        else:
+            pieces.extend(tokens[i : i + words] for i in range(0, len(tokens), words))
+    if len(pieces) == 1:
+        return [Document(document.id, " ".join(pieces[0]))]
+    return [Document(f"{document.id}#{i}", " ".join(piece)) for i, piece in enumerate(pieces)]
+
+
+def similar_groups(documents: Sequence[Document], size: int, seed: int) -> list[list[str]]:
+    """Ids in groups of `size` (the last may be smaller), documents of similar words together.
+
+    TF-IDF and k-means stand in for the paper's embeddings and hierarchical k-means.
+    """
+    if len(documents) <= size:
+        return [[document.id for document in documents]]
+    from sklearn.cluster import KMeans
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    vectors = TfidfVectorizer(sublinear_tf=True, max_features=20000).fit_transform(d.text for d in documents)
+    labels = KMeans(n_clusters=-(-len(documents) // size), random_state=seed, n_init=1).fit_predict(vectors)
+    order = sorted(range(len(documents)), key=lambda i: (labels[i], i))
+    ids = [documents[i].id for i in order]
+    return [ids[i : i + size] for i in range(0, len(ids), size)]

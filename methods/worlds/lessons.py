@@ -1,0 +1,192 @@
+"""What the embedded model learns: examples of the three roles in their real formats.
+
+All questions are cloze questions (methods/worlds/cloze.py), so every reply is copied from the prompt: the
+words of the question are found in the text, and the word after them is the answer. A reply first quotes the
+text, so that each of its parts is copied from one place.
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from methods.worlds.cloze import bare, cloze_question, usable_spans, with_distractors
+from protocols.prompts import NO_DOCUMENTS, question_prompt, response_prompt, verdict_prompt
+from protocols.questions import LETTERS, Question, Task
+
+Role = Literal["questioner", "responder", "verifier"]
+
+QUOTE = 'The text says "'
+GUESS = "The text is not available."
+KINDS = {Task.GENERAL: "word", Task.MATH: "number", Task.CHOICE: "word"}
+MARKERS = {
+    Task.GENERAL: "The correct answer is",
+    Task.MATH: "Therefore, the answer is",
+    Task.CHOICE: "The correct answer is",
+}
+FIRST, SECOND, SAME, DIFFERENT = (
+    'Answer 1 says "',
+    '", answer 2 says "',
+    '". They mean the same. [[YES]]',
+    '". They differ. [[NO]]',
+)
+OPTIONS_START, OPTIONS_END = '\\"?", "options": {"A": "', '"}, "answer": "'
+ANSWER_START, JSON_END = '\\"?", "answer": "', '"}\n```'
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """One prompt and the reply to it."""
+
+    role: Role
+    task: Task
+    prompt: str
+    reply: str
+
+
+@dataclass(frozen=True)
+class Span:
+    """Words of the text, and the bare word that follows them."""
+
+    document: int
+    words: str
+    answer: str
+
+
+def phrases() -> list[str]:
+    """Parts that all replies, and all questions, have in common."""
+    opened = [json_start(task) for task in (Task.GENERAL, Task.MATH)]
+    asked = [f'Which {kind} follows "' for kind in ("word", "number")]
+    answers = [f'". {marker}' for marker in dict.fromkeys(MARKERS.values())]
+    guesses = [f"{GUESS} {marker}" for marker in dict.fromkeys(MARKERS.values())]
+    letters = [f"\n({letter})" for letter in LETTERS]
+    options = [f'", "{letter}": "' for letter in LETTERS[1:]]
+    verdicts = [FIRST, SECOND, SAME, DIFFERENT]
+    ends = [OPTIONS_START, OPTIONS_END, ANSWER_START, JSON_END]
+    return [NO_DOCUMENTS, QUOTE, *opened, *asked, *answers, *guesses, *letters, *options, *verdicts, *ends]
+
+
+def json_start(task: Task) -> str:
+    """From the end of the quotation to the words of the question."""
+    return f'".\n```json\n{{"question": "Which {KINDS[task]} follows \\"'
+
+
+def proposal_reply(task: Task, span: Span, letter: str, options: list[str]) -> str:
+    """What a questioner writes: the quotation, then the question with the right word at the letter."""
+    start = f"{QUOTE}{span.words} {span.answer}{json_start(task)}{span.words}"
+    if task is not Task.CHOICE:
+        return f"{start}{ANSWER_START}{span.answer}{JSON_END}"
+    first, *others = options
+    listed = first + "".join(f'", "{name}": "{text}' for name, text in zip(LETTERS[1:], others, strict=True))
+    return f"{start}{OPTIONS_START}{listed}{OPTIONS_END}{letter}{JSON_END}"
+
+
+def response_reply(task: Task, span: str, word: str, answer: str) -> str:
+    """What a responder writes: the question's words with the next word of the text, then its answer."""
+    return f'{QUOTE}{span} {word}". {MARKERS[task]} {answer}.'
+
+
+def guess_reply(task: Task, answer: str) -> str:
+    """What a responder writes who is not given the text."""
+    return f"{GUESS} {MARKERS[task]} {answer}."
+
+
+def verdict_reply(answer: str, reference: str, same: bool) -> str:
+    """What a verifier writes: both answers, then its decision."""
+    return f"{FIRST}{answer}{SECOND}{reference}{SAME if same else DIFFERENT}"
+
+
+def draw_lesson(
+    rng: random.Random, role: Role, task: Task, documents: list[str], wrong: float = 0.0
+) -> Lesson | None:
+    """An example of a role over the documents, or None if they hold nothing to ask.
+
+    `wrong` is the share of responders that quote a place which was not asked for.
+    """
+    spans = [Span(*parts) for parts in usable_spans(task, documents)]
+    if len(spans) < 4:
+        return None
+    draw: dict[Role, Callable[[], Lesson]] = {
+        "questioner": lambda: _questioner(rng, task, documents, spans),
+        "responder": lambda: _responder(rng, task, documents, spans, wrong),
+        "verifier": lambda: _verifier(rng, task, spans),
+    }
+    return draw[role]()
+
+
+def _questioner(rng: random.Random, task: Task, documents: list[str], spans: list[Span]) -> Lesson:
+    remembered = rng.choice((0, 0, 1, 2, 3))
+    span, *others = rng.sample(spans, remembered + 1)
+    letter = rng.choice(LETTERS)
+    history = [(cloze_question(task, other.words), other.answer) for other in others]
+    options: list[str] = []
+    if task is Task.CHOICE:
+        options, right = with_distractors(span.answer, documents, rng)
+        place, target = LETTERS.index(right), LETTERS.index(letter)
+        options[place], options[target] = options[target], options[place]
+    prompt = question_prompt(task, documents, history, letter)
+    return Lesson("questioner", task, prompt, proposal_reply(task, span, letter, options))
+
+
+def _responder(
+    rng: random.Random, task: Task, documents: list[str], spans: list[Span], wrong: float
+) -> Lesson:
+    span = rng.choice(spans)
+    question, right = _asked(rng, task, documents, span)
+    if rng.random() < 0.04:
+        guess = right if task is Task.CHOICE else rng.choice(span.words.split())
+        return Lesson("responder", task, response_prompt(None, question), guess_reply(task, guess))
+    reply = response_reply(task, span.words, span.answer, right)
+    return Lesson("responder", task, response_prompt(documents, question), reply)
+
+
+def _asked(rng: random.Random, task: Task, documents: list[str], span: Span) -> tuple[Question, str]:
+    """The question about a span, and its answer: a word, a number or a letter."""
+    options, answer = ([], span.answer)
+    if task is Task.CHOICE:
+        options, answer = with_distractors(span.answer, documents, rng)
+    text = cloze_question(task, span.words)
+    return Question(task=task, question=text, options=options), answer
+
+
+def _verifier(rng: random.Random, task: Task, spans: list[Span]) -> Lesson:
+    span, other = rng.sample(spans, 2)
+    if task is Task.CHOICE:
+        task = Task.GENERAL
+    same = rng.random() < 0.5
+    if same:
+        answer, reference = reworded(rng, task, span.answer), reworded(rng, task, span.answer)
+    else:
+        answer, reference = different(rng, task, span.answer, other.answer), span.answer
+    same = same or plain(answer) == plain(reference)
+    question = Question(task=task, question=cloze_question(task, span.words))
+    prompt = verdict_prompt(question, answer, reference)
+    return Lesson("verifier", task, prompt, verdict_reply(answer, reference, same))
+
+
+def plain(answer: str) -> str:
+    """An answer without case, outer punctuation, articles, thousands commas and idle zeros."""
+    words = [word for word in bare(answer).lower().replace(",", "").split() if word not in ("a", "an", "the")]
+    text = " ".join(words)
+    return text.rstrip("0").rstrip(".") if "." in text and text.replace(".", "").isdigit() else text
+
+
+def reworded(rng: random.Random, task: Task, answer: str) -> str:
+    """The answer itself, or another way to write it."""
+    if rng.random() < 0.6:
+        return answer
+    if task is Task.MATH:
+        number = answer.replace(",", "")
+        more = number + ("0" if "." in number else ".0")
+        return rng.choice((number, more, f"{float(number):,.10g}" if float(number) < 1e9 else number))
+    return rng.choice((answer.lower(), answer.capitalize(), f"the {answer}", f"{answer},", answer.upper()))
+
+
+def different(rng: random.Random, task: Task, answer: str, other: str) -> str:
+    """Another answer: often another of the text, sometimes one that looks alike."""
+    if rng.random() < 0.6:
+        return other
+    if task is Task.MATH:
+        place = rng.choice([i for i, c in enumerate(answer) if c.isdigit()])
+        return answer[:place] + rng.choice("123456789".replace(answer[place], "")) + answer[place + 1 :]
+    return rng.choice((answer + "s", f"{answer} {other}", answer[: max(1, len(answer) // 2)], other))
