@@ -45,12 +45,12 @@ QUESTION = {
 }
 
 RESPONSE = {
-    Task.GENERAL: "Answer the question from the text above.\nQuestion: {question}\n"
-    'Think it through, then end with "The correct answer is X." where X is the concise answer.\n',
-    Task.MATH: "Answer the question from the text above.\nQuestion: {question}\n"
-    'Work step by step, then end with "Therefore, the answer is X." where X is a number.\n',
-    Task.CHOICE: "Answer the question from the text above.\nQuestion: {question}\n"
-    'Think it through, then end with "The correct answer is X." where X is the letter of one option.\n',
+    Task.GENERAL: "Answer a question from the text above. Think it through, then end with"
+    ' "The correct answer is X." where X is the concise answer.\nQuestion: {question}',
+    Task.MATH: "Answer a question from the text above. Work step by step, then end with"
+    ' "Therefore, the answer is X." where X is a number.\nQuestion: {question}',
+    Task.CHOICE: "Answer a question from the text above. Think it through, then end with"
+    ' "The correct answer is X." where X is the letter of one option.\nQuestion: {question}',
 }
 NO_DOCUMENTS = "(the text is not available)"
 

@@ -7,9 +7,13 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from protocols.errors import BadInput
 from protocols.policy import LoRAConfig, PolicyConfig
+
+# A run has its own display; bars of every save and load would tear it.
+transformers_logging.disable_progress_bar()
 
 EMBEDDED = Path(__file__).parent / "embedded"
 

@@ -2,9 +2,9 @@
 
 Eight keys, four values with two surface forms each (V0 and W0 mean the same). A document states the value of
 a key and the key that it leads to. 1-hop questions ask for a key's value, 2-hop questions for the value of
-the key that a key leads to. Prompts and outputs are those of real text, but every sentence, every question with
-the fixed text around it and every answer sentence is one token: so a model of 0.13 M weights can play all three
-roles, and learns to within a minute on one core.
+the key that a key leads to. Prompts and outputs are those of real text, but every fixed text, fact, question and
+answer sentence is one token: so a model of 0.13 M weights can play all three roles, and learns to within a minute
+on one core.
 """
 
 import json
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from protocols.prompts import RESPONSE, fixed_texts
+from protocols.prompts import fixed_texts
 from protocols.questions import Cluster, GoldQuestion, Proposal, Question, Task
 
 KEYS = [f"K{i}" for i in range(8)]
@@ -46,17 +46,16 @@ def two_hop(key: str) -> str:
     return f"What is the key that {key} leads to?"
 
 
+PROPOSAL_START = '```json\n{"question": "'
+
+
 def proposal_text(question: str, answer: str) -> str:
     """What a questioner writes."""
-    return _proposal_start(question) + _proposal_end(answer)
-
-
-def _proposal_start(question: str) -> str:
-    return f'```json\n{{"question": "{question}", "answer": "'
+    return PROPOSAL_START + question + _proposal_end(answer)
 
 
 def _proposal_end(answer: str) -> str:
-    return f'{answer}"}}\n```'
+    return f'", "answer": "{answer}"}}\n```'
 
 
 def answer_text(surface: str) -> str:
@@ -169,16 +168,13 @@ class LedgerWorld:
 def vocabulary() -> list[str]:
     """Every token of the world: control tokens, fixed prompt texts, sentences, questions, answers."""
     questions = [ask(key) for ask in (one_hop, two_hop) for key in KEYS]
-    asked = [RESPONSE[Task.GENERAL].format(question=question) for question in questions]
     facts = [fact(key, surface) for key in KEYS for surface in SURFACES]
     links = [link(a, b) for a in KEYS for b in KEYS if a != b]
-    proposals = [_proposal_start(q) for q in questions] + [_proposal_end(a) for a in SURFACES]
-    answers = [answer_text(surface) for surface in SURFACES]
+    answers = [text(surface) for text in (answer_text, _proposal_end) for surface in SURFACES]
     prompts = [text for text in fixed_texts() if text.strip()]
     return [
-        *(PAD, UNKNOWN, END, YES, NO),
-        *(*prompts, *asked, *questions, *facts, *links),
-        *(*proposals, *answers, *SURFACES),
+        *(PAD, UNKNOWN, END, YES, NO, PROPOSAL_START),
+        *(*prompts, *questions, *facts, *links, *answers, *SURFACES),
     ]
 
 

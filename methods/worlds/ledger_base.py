@@ -81,10 +81,17 @@ def response_example(rng: random.Random) -> Example:
     question = rng.choice([ledger.one_hop, ledger.two_hop])(rng.choice(list(world.values)))
     surface = world.answer(question) or ""
     if rng.random() < WRONG_DOCUMENT:
-        surface = rng.choice([value for value in world.values.values() if value != surface] or [surface])
+        surface = rng.choice(other_values(world, question))
     surface = rng.choice(ledger.FORMS[int(surface[1:])])
     prompt = response_prompt(world.documents(), Question(task=Task.GENERAL, question=question))
     return prompt, ledger.answer_text(surface)
+
+
+def other_values(world: ledger.Ledger, question: str) -> list[str]:
+    """The values of all documents but the one that answers the question."""
+    key, hops = ledger.parse_question(question)
+    right = world.targets[key] if hops == 2 else key
+    return [value for other, value in world.values.items() if other != right]
 
 
 def lessons(config: LedgerConfig, seed: int) -> Iterator[list[Example]]:
