@@ -1,4 +1,10 @@
-"""The one command: `launch.py METHOD [--config FILE] [key=value ...]`, `launch.py report RUN`, `launch.py methods`."""
+"""The one command.
+
+launch.py METHOD [--config FILE] [key=value ...]   run a method, or continue its run
+launch.py METHOD --help                            all keys of a method
+launch.py report RUN                               write a run's report anew
+launch.py methods                                  all methods
+"""
 
 import argparse
 import ast
@@ -60,7 +66,7 @@ def method_summaries() -> dict[str, str]:
 
 def _overview() -> int:
     print(__doc__)
-    print("\nlaunch.py METHOD --help lists a method's keys.\n\nMethods:")
+    print("Methods:")
     return _list_methods()
 
 
@@ -134,9 +140,7 @@ def _run(name: str, module: ModuleType, config: object, run: str) -> int:
     return outcome["code"]
 
 
-async def _in_cluster(
-    name: str, module: ModuleType, config: object, run: str, outcome: dict[str, int]
-) -> None:
+async def _in_cluster(name: str, module: ModuleType, config: object, run: str, outcome: dict[str, int]) -> None:
     from cluster.cluster import Cluster
     from cluster.config import MethodConfig
 

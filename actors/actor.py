@@ -1,10 +1,9 @@
 """The life of an actor: set-up, calls, state, drain, close."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator
 
 from protocols.errors import BadInput, Corrupt, Unavailable, classify
 from protocols.service import (
@@ -91,7 +90,7 @@ async def start(actor: Actor) -> None:
     """Set the actor up and open it for calls. Raises an error of the taxonomy."""
     try:
         await actor.setup()
-    except Exception as error:  # noqa: BLE001  the border of the actor: every error gets its place here
+    except Exception as error:
         raise classify(error) from error
     actor._ready = True
 
@@ -102,7 +101,7 @@ async def answer(actor: Actor, method: str, request: Message) -> Message:
     with actor._call(method):
         try:
             response: Message = await getattr(actor, method)(request)
-        except Exception as error:  # noqa: BLE001  the border of the actor: every error gets its place here
+        except Exception as error:
             raise classify(error) from error
     return response
 
@@ -114,7 +113,7 @@ async def answer_stream(actor: Actor, method: str, request: Message) -> AsyncIte
         try:
             async for item in getattr(actor, method)(request):
                 yield item
-        except Exception as error:  # noqa: BLE001  the border of the actor: every error gets its place here
+        except Exception as error:
             raise classify(error) from error
 
 

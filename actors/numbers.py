@@ -49,13 +49,9 @@ _OPERAND = rf"(?:{_SIGN}?{_CURRENCY}?{_PLAIN}|\( ?{_SIGN}?{_CURRENCY}?{_PLAIN} ?
 _FLAGS = re.ASCII | re.IGNORECASE
 
 _SINGLE = re.compile(_NUMBER, _FLAGS)
-_BINARY = re.compile(
-    rf"(?P<left>{_OPERAND}) ?(?P<sign>[-+*/]) ?(?P<right>{_OPERAND})(?P<tail>{_TAIL})", _FLAGS
-)
+_BINARY = re.compile(rf"(?P<left>{_OPERAND}) ?(?P<sign>[-+*/]) ?(?P<right>{_OPERAND})(?P<tail>{_TAIL})", _FLAGS)
 _IN_TEXT = re.compile(rf"(?<![\w.,]){_NUMBER}(?!\w|[.,][0-9])", _FLAGS)
-_NAMED = re.compile(
-    rf"(?<![\w.,])(?:{_OPERAND} ?[-+*/] ?{_OPERAND}{_TAIL}|{_NUMBER})(?!\w|[.,][0-9])", _FLAGS
-)
+_NAMED = re.compile(rf"(?<![\w.,])(?:{_OPERAND} ?[-+*/] ?{_OPERAND}{_TAIL}|{_NUMBER})(?!\w|[.,][0-9])", _FLAGS)
 _MORE_ARITHMETIC = re.compile(r" ?(?:[*/^]+|[-+]) ?[$(0-9.]")
 _MAGNITUDE = re.compile(rf"({_PLAIN})", _FLAGS)
 _PERCENT_SIGN = re.compile(_PERCENT, _FLAGS)

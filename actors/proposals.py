@@ -150,6 +150,4 @@ def _unexpected(
     name: str, value: object, expected: str, status: ProposalStatus = ProposalStatus.BAD_FORMAT
 ) -> _Refused:
     shown = repr(value)
-    return _Refused(
-        status, f"{name}: got {shown if len(shown) <= 80 else shown[:77] + '...'}; expected {expected}"
-    )
+    return _Refused(status, f"{name}: got {shown if len(shown) <= 80 else shown[:77] + '...'}; expected {expected}")

@@ -5,8 +5,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pydantic import BaseModel, ConfigDict
-
 from actors.actor import Actor
 from actors.proposals import ParsedProposal, parse_proposal
 from actors.rules import is_supported, normalize
@@ -25,15 +23,14 @@ from protocols.questioner import (
     RememberRequest,
 )
 from protocols.questions import LETTERS, Cluster, Proposal, ProposalStatus, Task
-from protocols.service import Empty
+from protocols.service import Empty, Message
 
 
-class Memory(BaseModel):
-    """The history of every cluster, by `task/question_id`, oldest entry first."""
-
-    model_config = ConfigDict(extra="forbid")
+class Memory(Message):
+    """What a questioner remembers."""
 
     entries: dict[str, list[HistoryEntry]] = {}
+    """History of every cluster by `task/question_id`, oldest entry first."""
 
 
 @dataclass(frozen=True)
@@ -87,9 +84,7 @@ class QuestionerActor(Actor, QuestionerService):
         """Add questions to the memory; the oldest of a cluster leave first."""
         for proposal in request.proposals:
             documents = proposal.fresh if self._config.stores == "new" else proposal.evidence
-            entry = HistoryEntry(
-                question=proposal.question, answer=answer_in_words(proposal), documents=documents
-            )
+            entry = HistoryEntry(question=proposal.question, answer=answer_in_words(proposal), documents=documents)
             key = _key(proposal.task, proposal.question_id)
             kept = [*self._memory.entries.get(key, []), entry]
             self._memory.entries[key] = kept[len(kept) - min(len(kept), self._config.history) :]
@@ -131,7 +126,13 @@ class QuestionerActor(Actor, QuestionerService):
         )
 
     def _prompt(
-        self, cluster: Cluster, evidence: list[int], history: list[HistoryEntry], letter: str, uid: str, seed: int
+        self,
+        cluster: Cluster,
+        evidence: list[int],
+        history: list[HistoryEntry],
+        letter: str,
+        uid: str,
+        seed: int,
     ) -> Prompt:
         paragraphs = [cluster.paragraphs[i] for i in evidence]
         shown = [(entry.question, entry.answer) for entry in history]
@@ -201,7 +202,10 @@ class QuestionerActor(Actor, QuestionerService):
         limit = self._config.max_answer_tokens
         for i, tokens in zip(free, response.tokens, strict=True):
             if len(tokens) > limit:
-                update = {"status": ProposalStatus.BAD_ANSWER, "reason": f"{len(tokens)} tokens, limit {limit}"}
+                update = {
+                    "status": ProposalStatus.BAD_ANSWER,
+                    "reason": f"{len(tokens)} tokens, limit {limit}",
+                }
                 proposals[i] = proposals[i].model_copy(update=update)
         return proposals
 

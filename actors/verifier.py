@@ -60,12 +60,14 @@ class VerifierActor(Actor, VerifierService):
             return []
         assert self._policy is not None
         prompts = [
-            Prompt(messages=[ChatMessage(role="user", content=_text(item, judgement))], seed=item.seed, uid=item.uid)
+            Prompt(
+                messages=[ChatMessage(role="user", content=_text(item, judgement))],
+                seed=item.seed,
+                uid=item.uid,
+            )
             for item, judgement in zip(items, judged, strict=True)
         ]
-        response = await self._policy.sample(
-            SampleRequest(prompts=prompts, n=request.votes, params=request.params)
-        )
+        response = await self._policy.sample(SampleRequest(prompts=prompts, n=request.votes, params=request.params))
         return response.results
 
 

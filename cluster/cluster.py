@@ -73,9 +73,7 @@ class Cluster:
 
             return PolicyActor(config)
 
-        return await self._spawn(
-            PolicyService, name, build, config.resources, commit=config.trainer is not None
-        )
+        return await self._spawn(PolicyService, name, build, config.resources, commit=config.trainer is not None)
 
     async def questioner(
         self, config: QuestionerConfig, policy: PolicyService, *, name: str = "questioner"
@@ -161,9 +159,7 @@ class Cluster:
         latest = self.directory.latest()
         done = int(latest.name.removeprefix("step-")) if latest else first - 1
         title = f"{self.method} {self._run}"
-        progress = self._open.enter_context(
-            Progress(title, config.steps, done=max(done, 0), headline=self._headline)
-        )
+        progress = self._open.enter_context(Progress(title, config.steps, done=max(done, 0), headline=self._headline))
         iterator = steps(
             self.directory,
             self._committed,

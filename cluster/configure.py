@@ -164,7 +164,7 @@ def _model_of(annotation: Any) -> type[BaseModel] | None:
 def _is_text(annotation: Any) -> bool:
     """Whether a word on the command line is the value itself, so that `run=007` stays as it is."""
     choices = get_args(annotation) if get_origin(annotation) is Literal else ()
-    return annotation is str or bool(choices) and all(isinstance(choice, str) for choice in choices)
+    return annotation is str or (bool(choices) and all(isinstance(choice, str) for choice in choices))
 
 
 def _type_name(annotation: Any) -> str:

@@ -63,7 +63,7 @@ def make_handle(service: type[S], transport: Transport, deadline_s: float = 3600
 def with_deadline(handle: S, deadline_s: float) -> S:
     """The same actor behind a handle that waits at most so many seconds for each call."""
     inner = cast(Handle, handle)
-    return make_handle(_service_of(handle), inner.transport, deadline_s)
+    return cast(S, make_handle(_service_of(handle), inner.transport, deadline_s))
 
 
 def call_times(handle: Service) -> CallTimes:

@@ -141,9 +141,7 @@ class Progress:
         lines = [Text(values)] if values else []
         if self._activity:
             waited = timedelta(seconds=int(self._clock() - self._last))
-            lines.append(
-                Text(f"{self._activity}  ({waited})", style="dim", overflow="ellipsis", no_wrap=True)
-            )
+            lines.append(Text(f"{self._activity}  ({waited})", style="dim", overflow="ellipsis", no_wrap=True))
         return Group(Text(self.title, style="bold", overflow="ellipsis", no_wrap=True), bar, *lines)
 
     def _time(self) -> str:

@@ -1,9 +1,8 @@
 """Several copies of an actor behind one handle."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Iterator
 
 from cluster.handle import Transport
 from protocols.errors import Unavailable

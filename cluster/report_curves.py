@@ -108,9 +108,7 @@ def _group_plot(curves: list[Curve]) -> Plot:
 def _belongs(curve: Curve, others: list[Curve]) -> bool:
     """Whether it can be read on the others' axes: rewards, shares, accuracies, none tiny beside another."""
     sizes = [max(map(abs, c.finite), default=math.inf) for c in [curve, *others]]
-    return (
-        len(others) < 6 and max(sizes) <= 1 and all(size == 0 or size >= 0.2 * max(sizes) for size in sizes)
-    )
+    return len(others) < 6 and max(sizes) <= 1 and all(size == 0 or size >= 0.2 * max(sizes) for size in sizes)
 
 
 def draw(plot: Plot, span: tuple[int, int], inches: tuple[float, float]) -> str:
@@ -160,9 +158,7 @@ def _is_alone(values: Sequence[float], i: int) -> bool:
     return math.isfinite(values[i]) and not any(math.isfinite(value) for value in neighbours)
 
 
-def _thinned(
-    steps: list[float], values: list[float]
-) -> tuple[list[float], list[float], list[float], list[float]]:
+def _thinned(steps: list[float], values: list[float]) -> tuple[list[float], list[float], list[float], list[float]]:
     """Mean step, mean, minimum and maximum of neighbouring points; a bucket without a finite value is NaN."""
     size = math.ceil(len(steps) / MOST_POINTS)
     columns: tuple[list[float], list[float], list[float], list[float]] = ([], [], [], [])

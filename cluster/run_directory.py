@@ -59,7 +59,7 @@ class RunDirectory:
         write_atomically(file, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
 
     def _acquire(self) -> None:
-        self._lock = open(self.path / ".lock", "w")
+        self._lock = open(self.path / ".lock", "w")  # noqa: SIM115  held as long as the run
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

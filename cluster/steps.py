@@ -1,7 +1,7 @@
 """The step iterator: everything set in a step commits together, or not at all."""
 
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -80,7 +80,7 @@ async def steps(
     keep: int,
     show: Callable[[str], None],
     on_commit: Callable[[Step], None],
-) -> AsyncIterator[Step]:
+) -> AsyncGenerator[Step, None]:
     """Yield the steps that are left, committing each when the loop comes back for the next."""
     done, finished = await restore(directory, actors, state, first)
     for index in range(done + 1, total + 1):

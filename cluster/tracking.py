@@ -60,9 +60,7 @@ class WandbTracker(Tracker):
         # exception types covers, and none of them may cost a training run.
         except Exception as error:  # noqa: BLE001
             what = f"{type(error).__name__}: {error}"
-            logger.warning(
-                "wandb failed (%s); the run goes on without it, metrics.jsonl has every step", what
-            )
+            logger.warning("wandb failed (%s); the run goes on without it, metrics.jsonl has every step", what)
             self._leave()
 
     def _leave(self) -> None:
@@ -70,9 +68,7 @@ class WandbTracker(Tracker):
         _end_service()
 
 
-def open_tracker(
-    mode: TrackingMode, run_dir: Path, project: str, name: str, config: dict[str, Any]
-) -> Tracker:
+def open_tracker(mode: TrackingMode, run_dir: Path, project: str, name: str, config: dict[str, Any]) -> Tracker:
     """Open the tracker of a run directory; the same directory continues the same wandb run.
 
     Raises BadInput when wandb refuses what it was given (`online` without an API key, a project name
@@ -107,9 +103,7 @@ def _check_login(wandb: Any) -> None:
         )
 
 
-def _start(
-    wandb: Any, mode: TrackingMode, run_dir: Path, project: str, name: str, config: dict[str, Any]
-) -> Any:
+def _start(wandb: Any, mode: TrackingMode, run_dir: Path, project: str, name: str, config: dict[str, Any]) -> Any:
     settings = wandb.Settings(
         silent=True,
         console="disabled",

@@ -6,6 +6,7 @@ reference mean the same. All three learn from one combined update, strictly on-p
 paper and its reference code is in docs/methods/spell.md.
 """
 
+import random
 from collections.abc import Sequence
 
 import numpy as np
@@ -93,9 +94,7 @@ def make_world(config: Config) -> World:
     return TextWorld(config.text, config.seed)
 
 
-async def make_cast(
-    cluster: Cluster, config: Config
-) -> tuple[Cast, PolicyService | None, PolicyService | None]:
+async def make_cast(cluster: Cluster, config: Config) -> tuple[Cast, PolicyService | None, PolicyService | None]:
     """The three roles over one policy; a frozen copy of the base if there is a KL; a judge if one is named."""
     model = config.policy
     if config.world == "ledger":
@@ -149,7 +148,7 @@ async def self_play(step: Step, cast: Cast, world: World, config: Config, state:
         uids = [f"{step.index}-{number - len(clusters) + i}" for i in range(len(clusters))]
         seed = step.seed("chunk", number)
         if gold:
-            rng = step.rng("gold", number)
+            rng = random.Random(seed)
             fresh = [given(c, rng.choice(gold[c.question_id]), u) for c, u in zip(clusters, uids, strict=True)]
         else:
             documents = config.questioner.documents + state.extra_documents
@@ -196,15 +195,19 @@ async def learn(
     losses = loss_terms(config)
     for epoch in range(config.epochs):
         order = step.rng("order", epoch).permutation(len(rows))
-        for part in np.array_split(order, config.mini_batches):
-            step.activity(f"training on {len(part)} rows")
-            chosen = [rows[i] for i in sorted(part)]
+        for piece in np.array_split(order, config.mini_batches):
+            step.activity(f"training on {len(piece)} rows")
+            chosen = [rows[i] for i in sorted(piece)]
             report = await policy.forward_backward(ForwardBackwardRequest(rows=chosen, losses=losses))
             update = await policy.optim_step(OptimStepRequest())
     await policy.publish(Empty())
-    metrics = {"train/loss": report.loss, "train/grad_norm": update.grad_norm, "train/lr": update.learning_rate}
-    for term, part in report.terms.items():
-        metrics |= {f"train/{term}_{name}": value for name, value in part.metrics.items()}
+    metrics = {
+        "train/loss": report.loss,
+        "train/grad_norm": update.grad_norm,
+        "train/lr": update.learning_rate,
+    }
+    for term, values in report.terms.items():
+        metrics |= {f"train/{term}_{name}": value for name, value in values.metrics.items()}
     return metrics
 
 

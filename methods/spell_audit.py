@@ -61,9 +61,7 @@ class Examiner:
 
     async def _scores(self, questions: Sequence[GoldQuestion], clusters: dict[str, Cluster]) -> list[float]:
         """Share of right answers to each question, over its samples."""
-        prompts = [
-            await self._gold_prompt(question, clusters[question.question_id]) for question in questions
-        ]
+        prompts = [await self._gold_prompt(question, clusters[question.question_id]) for question in questions]
         samples = self.config.test_samples
         request = SampleRequest(prompts=prompts, n=samples, params=self.config.answer_sampling)
         results = (await self.cast.policy.sample(request)).results

@@ -126,21 +126,24 @@ def _questioner_sample(round_: Round, reward: float, advantage: float) -> Sample
         "accuracy": round_.accuracy,
     }
     return Sample(
-        "questioner", proposal.uid, proposal.task, proposal.prompt_tokens, proposal.completion, reward, advantage, facts
+        "questioner",
+        proposal.uid,
+        proposal.task,
+        proposal.prompt_tokens,
+        proposal.completion,
+        reward,
+        advantage,
+        facts,
     )
 
 
-def verifier_samples(
-    rounds: Sequence[Round], good: int, config: Config, rng: np.random.Generator
-) -> list[Sample]:
+def verifier_samples(rounds: Sequence[Round], good: int, config: Config, rng: np.random.Generator) -> list[Sample]:
     """Some vote groups whose majority agrees with the rule; none if there are too few."""
     groups = [
         (round_, judgement)
         for round_ in rounds
         for judgement in round_.judgements
-        if trains_verifier(
-            judgement.majority, judgement.agree_share, judgement.rule_score, config.roles.agree_bounds
-        )
+        if trains_verifier(judgement.majority, judgement.agree_share, judgement.rule_score, config.roles.agree_bounds)
     ]
     count = int(good * config.group_size * config.roles.verifier_share / config.votes)
     if len(groups) < count:
@@ -203,9 +206,7 @@ def _train_row(sample: Sample, term: str) -> TrainRow:
         tokens=Tensor(np.concatenate([prompt, completion])),
         terms={term: Tensor(on_tokens(1.0, *lengths))},
         advantages=Tensor(on_tokens(sample.advantage, *lengths)),
-        versions=Tensor(
-            np.concatenate([np.full(len(prompt), -1, np.int32), sample.completion.versions.array])
-        ),
+        versions=Tensor(np.concatenate([np.full(len(prompt), -1, np.int32), sample.completion.versions.array])),
     )
 
 

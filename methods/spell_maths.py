@@ -22,9 +22,7 @@ Item = TypeVar("Item")
 Kind = TypeVar("Kind", bound=Hashable)
 
 
-def questioner_reward(
-    accuracy: float, shape: Shape = "gaussian", mu: float = 0.5, sigma: float = 0.5 / 3
-) -> float:
+def questioner_reward(accuracy: float, shape: Shape = "gaussian", mu: float = 0.5, sigma: float = 0.5 / 3) -> float:
     """Reward of a question by the share of right answers to it (SPELL eq. 7): highest at the frontier.
 
     0 if nobody or everybody answered it. `reverse` and `rzero` are the reference code's alternatives.

@@ -115,7 +115,7 @@ def dumped(batch: Batch, questions: int) -> list[Sample]:
         first = good + first[batch.good :][: questions - len(good)]
     answered = {sample.uid.split("/")[0] for sample in batch.of("responder")}
     kept = set(first) | set(sorted(answered)[: questions - len(first)])
-    votes = [sample for sample in batch.of("verifier")][: 4 * questions]
+    votes = batch.of("verifier")[: 4 * questions]
     return [s for s in batch.samples if s.role != "verifier" and s.uid.split("/")[0] in kept] + votes
 
 

@@ -252,5 +252,3 @@ class ClusterSource:
         epoch, place = divmod(self._drawn.get(task, 0), len(clusters))
         order = np.random.default_rng(derive_seed(self._seed, "epoch", task, epoch)).permutation(len(clusters))
         return clusters[int(order[place])]
-
-

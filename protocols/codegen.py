@@ -101,9 +101,7 @@ def number(block: Block, old: Block | None) -> Block:
     """
     old = old or Block(block.kind, block.name, block.file)
     if old.kind != block.kind:
-        raise TypeError(
-            f"{block.name}: published as {old.kind}, cannot become {block.kind}; choose another name"
-        )
+        raise TypeError(f"{block.name}: published as {old.kind}, cannot become {block.kind}; choose another name")
     known = {entry.name: entry for entry in old.entries}
     names = {entry.name for entry in block.entries}
     first = 0 if block.kind == "enum" else 1

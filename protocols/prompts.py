@@ -12,9 +12,7 @@ from protocols.questions import LETTERS, Question, Task
 
 DOCUMENTS = "<text>\n{documents}\n</text>\n"
 
-HISTORY = (
-    "These questions have been asked about the text before. Yours must be harder than each of them{ways}.\n"
-)
+HISTORY = "These questions have been asked about the text before. Yours must be harder than each of them{ways}.\n"
 HISTORY_WAYS = {
     Task.GENERAL: ": more calculation, comparison or superlatives, conditions and causes, text joined with numbers",
     Task.CHOICE: ": more calculation, comparison or superlatives, conditions and causes, text joined with numbers",
@@ -23,7 +21,7 @@ HISTORY_WAYS = {
 HISTORY_ENTRY = "Question: {question}\nAnswer: {answer}\n"
 
 _COMMON_RULES = (
-    "The question must stand on its own (never say \"the text\" or \"Article 1\"), be in English, have one"
+    'The question must stand on its own (never say "the text" or "Article 1"), be in English, have one'
     " unambiguous answer, and need several pieces of the text in more than one step. First derive the answer"
     " step by step, then end with a fenced json block.\n"
 )
@@ -66,9 +64,7 @@ def document_block(paragraphs: Sequence[str]) -> str:
     return DOCUMENTS.format(documents="\n".join(paragraphs))
 
 
-def question_prompt(
-    task: Task, paragraphs: Sequence[str], history: Sequence[tuple[str, str]], letter: str
-) -> str:
+def question_prompt(task: Task, paragraphs: Sequence[str], history: Sequence[tuple[str, str]], letter: str) -> str:
     """Ask for a question over the paragraphs that exceeds the (question, answer) pairs of the history.
 
     `letter` is the option that must be right; other tasks do not use it.

@@ -164,9 +164,7 @@ class _Reach:
         if not default or label == "optional":
             return entry
         if label == "repeated" or type_.startswith("map<"):
-            raise TypeError(
-                f"{site}: an empty value would be taken for the default {default!r}; make that empty"
-            )
+            raise TypeError(f"{site}: an empty value would be taken for the default {default!r}; make that empty")
         return replace(entry, label="optional", comment=f"{entry.comment}{_default_text(default)}")
 
     def _labelled(self, hint: Any, site: Site) -> tuple[str, str]:
@@ -194,9 +192,7 @@ class _Reach:
             return self._literal(get_args(hint), site)
         if _discriminator(hint):
             return self._union(hint, site)
-        raise TypeError(
-            f"{site}: {hint} has no protobuf type; protocols/proto_schema.py says which types have"
-        )
+        raise TypeError(f"{site}: {hint} has no protobuf type; protocols/proto_schema.py says which types have")
 
     def _literal(self, values: tuple[Any, ...], site: Site) -> str:
         if not all(type(value) is str for value in values):

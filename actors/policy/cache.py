@@ -9,7 +9,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 GROWTH = 64
 
 
-class RowLayer(DynamicLayer):
+class RowLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no types here
     """One layer's keys and values [R, heads, length, width] in buffers with room to grow.
 
     The stock layer copies its whole content for every token; this one copies once in `GROWTH` tokens.

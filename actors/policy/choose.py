@@ -27,9 +27,7 @@ def next_tokens(
     return tokens_R, logprobs_RV.gather(-1, tokens_R.unsqueeze(-1)).squeeze(-1)
 
 
-def _draw_from_top(
-    logprobs_RV: torch.Tensor, uniforms_R: torch.Tensor, params: SamplingParams
-) -> torch.Tensor:
+def _draw_from_top(logprobs_RV: torch.Tensor, uniforms_R: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     """Draw from the most likely tokens: top-k first, then the smallest set that reaches top-p."""
     width = params.top_k or logprobs_RV.shape[-1]
     sorted_RK, order_RK = logprobs_RV.topk(min(width, logprobs_RV.shape[-1]), dim=-1)

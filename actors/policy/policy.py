@@ -29,8 +29,8 @@ from protocols.policy import (
     PolicyInfo,
     PolicyService,
     PublishResponse,
-    SampleDelta,
     Sampled,
+    SampleDelta,
     SampleRequest,
     SampleResponse,
     ScoreRequest,
@@ -112,9 +112,7 @@ class PolicyActor(Actor, PolicyService):
         prompts = [self._encoded(prompt) for prompt in request.prompts]
         stop = threading.Event()
         try:
-            completions = await self._run(
-                lambda: self._sample(prompts, request, cancelled=stop.is_set)
-            )
+            completions = await self._run(lambda: self._sample(prompts, request, cancelled=stop.is_set))
         finally:
             stop.set()
         results = [

@@ -18,6 +18,7 @@ from actors.policy.microbatch import by_length, pad_right
 from protocols.errors import BadInput, Corrupt
 from protocols.losses import GRPOLoss, LossSpec
 from protocols.policy import TrainerConfig
+from protocols.tensor import PerToken
 from protocols.training import (
     ForwardBackwardRequest,
     ForwardBackwardResponse,
@@ -34,7 +35,11 @@ class TorchTrainer:
     """Accumulates gradients of loss terms over rows and applies them."""
 
     def __init__(
-        self, model: Any, config: TrainerConfig, *, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self,
+        model: Any,
+        config: TrainerConfig,
+        *,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self._model = model
         self._config = config
@@ -77,7 +82,7 @@ class TorchTrainer:
     def _micro_batch(
         self, rows: Sequence[TrainRow], losses: dict[str, LossSpec], counts: dict[str, float], sums: "Sums"
     ) -> None:
-        weights = {name: padded(rows, lambda row, name=name: row.terms.get(name)) for name in losses}
+        weights = {name: padded(rows, [row.terms.get(name) for row in rows]) for name in losses}
         wanted_BT = np.any([array != 0 for array in weights.values()], axis=0)
         with self._autocast():
             logits, targets, positions = logits_of(self._model, [row.tokens.array for row in rows], wanted_BT)
@@ -88,7 +93,7 @@ class TorchTrainer:
             reduced = reduce_term(spec, per_token.loss_BT, weights_BK)
             sums.add(name, float(reduced.detach()), per_token, weights_BK)
             total = total + spec.coef * reduced / max(counts[name], 1.0)
-        total.backward()
+        torch.autograd.backward(total)
 
     def optim_step(self, request: OptimStepRequest) -> OptimStepResponse:
         """Clip, step, advance the schedule, clear the gradients.
@@ -127,7 +132,7 @@ class TorchTrainer:
             self._optimizer.load_state_dict(state["optimizer"])
             self._schedule.load_state_dict(state["schedule"])
             self.version = int(state["version"])
-        except Exception as error:  # noqa: BLE001  a broken file fails in many ways, all mean the same
+        except Exception as error:
             raise Corrupt(f"{file} is not a saved trainer: {error}") from error
 
 
@@ -207,7 +212,7 @@ def token_batch(
     logprobs_BK, entropy_BK = logprobs_and_entropy(logits_BKV, targets_BK, spec.temperature, with_gradient)
 
     def column(name: str) -> torch.Tensor:
-        values_BT = padded(rows, lambda row: getattr(row, name), missing=math.nan)
+        values_BT = padded(rows, [getattr(row, name) for row in rows], missing=math.nan)
         return torch.from_numpy(values_BT[:, positions_K]).to(logits_BKV.device)
 
     return TokenBatch(
@@ -219,10 +224,10 @@ def token_batch(
     )
 
 
-def padded(rows: Sequence[TrainRow], get: Callable[[TrainRow], Any], missing: float = 0.0) -> Array:
+def padded(rows: Sequence[TrainRow], arrays: Sequence[PerToken | None], missing: float = 0.0) -> Array:
     """One per-token array of all rows, float32[B, T]; `missing` where a row has none."""
     filled = [
-        np.full(len(row.tokens), missing, np.float32) if (array := get(row)) is None else array.array
-        for row in rows
+        np.full(len(row.tokens), missing, np.float32) if array is None else array.array
+        for row, array in zip(rows, arrays, strict=True)
     ]
     return pad_right(filled).astype(np.float32)

@@ -153,9 +153,7 @@ class TransformersSampler:
             inputs["position_ids"] = torch.from_numpy(positions).to(device)
         cache = new_cache()
         ids = torch.from_numpy(tokens_PT).to(device)
-        output = self._loaded.model(
-            input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **inputs
-        )
+        output = self._loaded.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **inputs)
         return cache, output.logits[:, -1].float()
 
     def _grow(

@@ -74,7 +74,8 @@ def gold_cloze(cluster: Cluster, count: int, rng: random.Random) -> list[GoldQue
 
 
 def _gold(cluster: Cluster, number: int, index: int, span: str, word: str, rng: random.Random) -> GoldQuestion:
-    options, answer = ([], word)
+    options: list[str] = []
+    answer = word
     if cluster.task is Task.CHOICE:
         options, answer = with_distractors(word, cluster.paragraphs, rng)
     return GoldQuestion(

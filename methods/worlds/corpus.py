@@ -19,10 +19,83 @@ FEWEST_WORDS = 12
 HELD_OUT_SHARE = 10
 _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3"}
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-_ONSETS = "b bl br c ch cl d dr f fl g gr h j k l m n p ph pl pr qu r s sc sh sl sp st t th tr v w y z".split()
-_VOWELS = "a e i o u ai ea ee ie oa oo ou".split()
-_CODAS = ["", "", "", "b", "ck", "d", "g", "l", "ll", "m", "n", "nd", "ng", "nt", "p", "r", "rd", "s", "st", "t", "x"]
-_MONTHS = "January February March April May June July August September October November December".split()
+_ONSETS = [
+    "b",
+    "bl",
+    "br",
+    "c",
+    "ch",
+    "cl",
+    "d",
+    "dr",
+    "f",
+    "fl",
+    "g",
+    "gr",
+    "h",
+    "j",
+    "k",
+    "l",
+    "m",
+    "n",
+    "p",
+    "ph",
+    "pl",
+    "pr",
+    "qu",
+    "r",
+    "s",
+    "sc",
+    "sh",
+    "sl",
+    "sp",
+    "st",
+    "t",
+    "th",
+    "tr",
+    "v",
+    "w",
+    "y",
+    "z",
+]
+_VOWELS = ["a", "e", "i", "o", "u", "ai", "ea", "ee", "ie", "oa", "oo", "ou"]
+_CODAS = [
+    "",
+    "",
+    "",
+    "b",
+    "ck",
+    "d",
+    "g",
+    "l",
+    "ll",
+    "m",
+    "n",
+    "nd",
+    "ng",
+    "nt",
+    "p",
+    "r",
+    "rd",
+    "s",
+    "st",
+    "t",
+    "x",
+]
+_MONTHS = [
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
+]
 
 
 @dataclass(frozen=True)
@@ -127,7 +200,13 @@ def number(rng: random.Random) -> str:
 
 def _date(rng: random.Random) -> str:
     day, month, year = rng.randint(1, 28), rng.randint(1, 12), rng.randint(1900, 2030)
-    return rng.choice((f"{year}-{month:02}-{day:02}", f"{day} {_MONTHS[month - 1]} {year}", f"{_MONTHS[month - 1]} {day}, {year}"))
+    return rng.choice(
+        (
+            f"{year}-{month:02}-{day:02}",
+            f"{day} {_MONTHS[month - 1]} {year}",
+            f"{_MONTHS[month - 1]} {day}, {year}",
+        )
+    )
 
 
 def _word(rng: random.Random) -> str:
@@ -156,7 +235,26 @@ def sentences(rng: random.Random, words: int) -> str:
 def _slot(rng: random.Random) -> str:
     kind = rng.random()
     if kind < 0.35:
-        return rng.choice(("the", "of", "and", "to", "a", "in", "is", "that", "for", "it", "was", "with", "as", "by", "on", "he"))
+        return rng.choice(
+            (
+                "the",
+                "of",
+                "and",
+                "to",
+                "a",
+                "in",
+                "is",
+                "that",
+                "for",
+                "it",
+                "was",
+                "with",
+                "as",
+                "by",
+                "on",
+                "he",
+            )
+        )
     if kind < 0.8:
         return _word(rng) + ("," if rng.random() < 0.12 else "")
     if kind < 0.88:

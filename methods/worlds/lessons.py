@@ -128,9 +128,7 @@ def _questioner(rng: random.Random, task: Task, documents: list[str], spans: lis
     return Lesson("questioner", task, prompt, proposal_reply(task, span, letter, options))
 
 
-def _responder(
-    rng: random.Random, task: Task, documents: list[str], spans: list[Span], wrong: float
-) -> Lesson:
+def _responder(rng: random.Random, task: Task, documents: list[str], spans: list[Span], wrong: float) -> Lesson:
     span = rng.choice(spans)
     question, right = _asked(rng, task, documents, span)
     if rng.random() < 0.04:

@@ -92,9 +92,7 @@ def train_tokenizer(vocabulary: int, texts: Iterable[str]) -> Tokenizer:
     )
     tokenizer.train_from_iterator(texts, trainer)
     special = {PAD, TURN, END}
-    tokenizer.add_tokens(
-        [AddedToken(text, special=text in special, normalized=False) for text in fixed]
-    )
+    tokenizer.add_tokens([AddedToken(text, special=text in special, normalized=False) for text in fixed])
     return tokenizer
 
 

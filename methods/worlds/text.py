@@ -142,7 +142,7 @@ def _paragraphs(row: dict[str, Any], place: str, library: Library) -> list[str]:
     given = row.get("paragraphs", row.get("paragraph_ids"))
     if not isinstance(given, list) or not given or not all(isinstance(item, str) for item in given):
         raise BadInput(
-            f"clusters: {place}: field paragraph_ids: got {given!r}, expected a list of ids (or `paragraphs`, of texts)"
+            f"clusters: {place}: field paragraph_ids: got {given!r}, expected a list of ids, or paragraphs with texts"
         )
     if "paragraphs" in row:
         return given
@@ -183,18 +183,18 @@ def _split(clusters: list[Cluster], share: float, seed: int) -> tuple[list[Clust
     shuffled = random.Random(f"heldout {seed}").sample(clusters, len(clusters))
     shuffled.sort(key=lambda cluster: cluster.task)
     stride = max(2, round(1 / share))
-    names = {cluster.question_id for cluster in shuffled[:: stride]}
+    names = {cluster.question_id for cluster in shuffled[::stride]}
     return [c for c in clusters if c.question_id not in names], [c for c in clusters if c.question_id in names]
 
 
-def _given_gold(
-    file: Path, clusters: list[Cluster], config: TextConfig
-) -> tuple[list[Cluster], list[GoldQuestion]]:
+def _given_gold(file: Path, clusters: list[Cluster], config: TextConfig) -> tuple[list[Cluster], list[GoldQuestion]]:
     """Gold questions, and the clusters they are asked over."""
     known = {cluster.question_id: cluster for cluster in clusters}
     questions, used = [], {}
     for place, row in _rows(file, "qa"):
-        fields = {key: row[key] for key in ("id", "question_id", "task", "question", "hops") if key in row}
+        fields: dict[str, Any] = {
+            key: row[key] for key in ("id", "question_id", "task", "question", "hops") if key in row
+        }
         fields["answer"] = str(row.get("answer", ""))
         if row.get("options"):
             fields["options"] = _options(row["options"], place)

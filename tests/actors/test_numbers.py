@@ -284,17 +284,13 @@ def test_signs_count(value: Decimal) -> None:
 
 
 def test_numbers_of_a_text() -> None:
-    text = (
-        "Sales rose 14% to $15.5 billion in 2018-2019 | (219,094) | 8.\nPEP 8, 3.7.1, the 5th, -2.5 and 1e3."
-    )
+    text = "Sales rose 14% to $15.5 billion in 2018-2019 | (219,094) | 8.\nPEP 8, 3.7.1, the 5th, -2.5 and 1e3."
     expected = ["14", "0.14", "15.5", "15500000000", "2018", "2019", "-219094", "8", "8", "-2.5", "1000"]
     assert find_numbers(text) == list(map(Decimal, expected))
 
 
 def test_days_of_a_text() -> None:
-    first, *_, last = find_days(
-        "on 2019-03-01, 5 March 2019, and March 31, 2019; not 2019-13-01 or 12019-03-01"
-    )
+    first, *_, last = find_days("on 2019-03-01, 5 March 2019, and March 31, 2019; not 2019-13-01 or 12019-03-01")
     assert last - first == 30
     assert days_apart(Decimal(30), [first, last])
     assert days_apart(Decimal(-30), [first, last])
@@ -302,9 +298,7 @@ def test_days_of_a_text() -> None:
     assert not days_apart(Decimal(0), [first, last])
 
 
-@pytest.mark.parametrize(
-    ("text", "half"), [("12", "0.5"), ("12.0", "0.05"), ("0.08", "0.005"), ("1e5", "0.5")]
-)
+@pytest.mark.parametrize(("text", "half"), [("12", "0.5"), ("12.0", "0.05"), ("0.08", "0.005"), ("1e5", "0.5")])
 def test_rounding(text: str, half: str) -> None:
     assert rounding(Decimal(text)) == Decimal(half)
 

@@ -353,9 +353,7 @@ def test_nothing_supports_nothing() -> None:
 
 
 @given(st.lists(WORDS, max_size=3), WORDS, WORDS, WORDS)
-def test_whole_words_of_a_document_are_supported(
-    others: list[str], before: str, words: str, after: str
-) -> None:
+def test_whole_words_of_a_document_are_supported(others: list[str], before: str, words: str, after: str) -> None:
     paragraphs = [*others, f"{before} | {words} | {after}"]
     assert is_supported(GENERAL, words, paragraphs) == bool(normalize(words))
 

@@ -76,9 +76,7 @@ def run_dir(tmp_path: Path) -> Path:
             {"step": 3, "reward/questioner": 0.5, "reward/responder": 0.75, "eval/gold": 0.71},
         ],
     )
-    lines(
-        directory / "timings.jsonl", [{"step": i, "seconds": float(i), "tokens_per_s": 99} for i in (1, 2, 3)]
-    )
+    lines(directory / "timings.jsonl", [{"step": i, "seconds": float(i), "tokens_per_s": 99} for i in (1, 2, 3)])
     lines(directory / "samples.jsonl", [sample(1, "a"), sample(2, "b", output=HOSTILE)])
     return directory
 
@@ -208,9 +206,7 @@ def test_all_scripts_and_broken_characters_survive(run_dir: Path) -> None:
         "line\u2028separator\x00\x1b[31m",
         "lone \ud800 surrogate",
     ]
-    (run_dir / "samples.jsonl").write_text(
-        "".join(json.dumps(sample(1, "u", output=t)) + "\n" for t in texts)
-    )
+    (run_dir / "samples.jsonl").write_text("".join(json.dumps(sample(1, "u", output=t)) + "\n" for t in texts))
     page = Page(write_report(run_dir))
     assert [row["output"] for row in page.samples] == [*texts[:3], "lone ? surrogate"]
 
@@ -241,9 +237,7 @@ def test_the_summary_compares_before_and_after(run_dir: Path) -> None:
 
 
 def test_panels_stand_first_and_name_what_is_missing(run_dir: Path) -> None:
-    (run_dir / "panels.json").write_text(
-        json.dumps({"Reward and truth": ["reward/responder", "audit/wrong"]})
-    )
+    (run_dir / "panels.json").write_text(json.dumps({"Reward and truth": ["reward/responder", "audit/wrong"]}))
     text = Page(write_report(run_dir)).text
     assert "Reward and truth reward/responder 0.550 → 0.750 audit/wrong not measured yet" in text
     assert text.index("Reward and truth") < text.index("All metrics")

@@ -20,9 +20,7 @@ def test_shares_of_similar_size_share_a_plot() -> None:
         "train/a": 3.0,
         "train/b": 4.0,
     }
-    plots = group_plots(
-        [Curve(name, [1], [size]) for name, size in {**sizes, "loss": 0.2}.items()], first=["train"]
-    )
+    plots = group_plots([Curve(name, [1], [size]) for name, size in {**sizes, "loss": 0.2}.items()], first=["train"])
     assert [(plot.title, plot.labels) for plot in plots] == [
         ("train/a", ["train/a"]),
         ("train/b", ["train/b"]),
@@ -48,9 +46,7 @@ def test_labels_of_an_axis_keep_their_digits() -> None:
 
 def test_a_long_run_is_thinned() -> None:
     steps = list(range(20 * MOST_POINTS))
-    svg = draw(
-        Plot("", [Curve("m", steps, [s % 7 / 10 for s in steps])], ["m"], []), (0, steps[-1]), (3.6, 1.9)
-    )
+    svg = draw(Plot("", [Curve("m", steps, [s % 7 / 10 for s in steps])], ["m"], []), (0, steps[-1]), (3.6, 1.9))
     assert len(svg) < 60_000
     assert "fill-opacity: 0.2" in svg
 

@@ -45,9 +45,7 @@ def test_of_a_large_step_questions_are_shown_with_all_their_roles(tmp_path: Path
     roles = ["questioner"] + 8 * ["responder"] + 64 * ["verifier"]
     lines(tmp_path / "s.jsonl", [sample(1, f"q{q}", role) for q in range(50) for role in roles])
     rows = choose_samples(tmp_path / "s.jsonl", most=20).rows
-    shown = {
-        uid: sorted(str(row["role"]) for row in rows if row["uid"] == uid) for uid in {r["uid"] for r in rows}
-    }
+    shown = {uid: sorted(str(row["role"]) for row in rows if row["uid"] == uid) for uid in {r["uid"] for r in rows}}
     assert len(shown) == 4
     assert all(len(set(roles)) == 3 for roles in shown.values())
     numbers = sorted(int(str(uid)[1:]) for uid in shown)
@@ -63,9 +61,7 @@ def test_the_size_of_the_page_is_bounded(tmp_path: Path) -> None:
     assert len(samples.json.encode()) <= 300_000
     first = str(samples.rows[0]["input"])
     assert (first[0], first[-1]) == ("a", "z")
-    assert (
-        f"{20_000 - samples.longest_text * 2 // 3 - samples.longest_text // 3:,} characters left out" in first
-    )
+    assert f"{20_000 - samples.longest_text * 2 // 3 - samples.longest_text // 3:,} characters left out" in first
     assert len(choose_samples(tmp_path / "s.jsonl", most_bytes=20_000).rows) < 50
 
 

@@ -14,9 +14,7 @@ from protocols.service import Service
 
 PUBLISHED = {path.name: path.read_text("utf-8") for path in sorted(codegen.FOLDER.glob("*.proto"))}
 SERVICES = codegen.services()
-BLOCKS = {
-    name: block for file, text in PUBLISHED.items() for name, block in codegen.parse(file, text).items()
-}
+BLOCKS = {name: block for file, text in PUBLISHED.items() for name, block in codegen.parse(file, text).items()}
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +43,7 @@ def test_the_files_are_what_codegen_writes() -> None:
 
 def test_every_service_module_is_published() -> None:
     defining = {
-        path.stem
-        for path in Path(codegen.__file__).parent.glob("*.py")
-        if "(Service):" in path.read_text("utf-8")
+        path.stem for path in Path(codegen.__file__).parent.glob("*.py") if "(Service):" in path.read_text("utf-8")
     }
     assert defining == {service.__module__.removeprefix("protocols.") for service in SERVICES}
     assert {service.kind for service in SERVICES} >= {"policy", "questioner", "verifier"}

@@ -32,11 +32,7 @@ def tensors(draw: st.DrawFn) -> Tensor:
     storage = np.dtype("uint16" if dtype == "bfloat16" else dtype)
     shape = draw(SHAPES)
     size = int(np.prod(shape)) * storage.itemsize
-    raw = (
-        bytes(draw(st.integers(0, 1)) for _ in range(size))
-        if dtype == "bool"
-        else draw(st.binary(min_size=size))
-    )
+    raw = bytes(draw(st.integers(0, 1)) for _ in range(size)) if dtype == "bool" else draw(st.binary(min_size=size))
     return Tensor(np.frombuffer(raw[:size], storage).reshape(shape), dtype)
 
 
@@ -303,7 +299,5 @@ def test_values_that_are_no_numbers_are_a_value_error(dtype: Any) -> None:
 
 
 def test_an_unknown_dtype_is_a_value_error() -> None:
-    with pytest.raises(
-        ValueError, match="dtype 'int8' is not one of bool, uint8, int32, int64, float16, bfloat16"
-    ):
+    with pytest.raises(ValueError, match="dtype 'int8' is not one of bool, uint8, int32, int64, float16, bfloat16"):
         Tensor([1], "int8")  # type: ignore[arg-type]
