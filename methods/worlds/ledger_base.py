@@ -28,7 +28,7 @@ from protocols.training import ForwardBackwardRequest, OptimStepRequest, TrainRo
 
 ROWS_PER_ROLE = 32
 LEARNING_RATE = 2e-3
-TWO_HOP_SHARE = 0.15
+TWO_HOP_SHARE = 0.2
 FLIPPED_VERDICTS = 0.15
 WRONG_DOCUMENT = 0.72
 STEPS_PER_LINE = 50
