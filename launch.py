@@ -121,7 +121,7 @@ def _help(name: str, module: ModuleType) -> int:
 
     print(f"{module.__doc__}\nusage: launch.py {name} [--config FILE] [key=value ...]\n")
     for key, kind, default, meaning in describe(module.Config):
-        print(f"{key}  {kind}  = {default}" if kind else key)
+        print(f"{key}  {kind}  = {default}")
         print(f"    {meaning}")
     return 0
 

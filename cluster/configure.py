@@ -53,9 +53,11 @@ def run_name(method: str, config: MethodConfig) -> str:
 
 def describe(kind: type[MethodConfig]) -> Iterator[tuple[str, str, str, str]]:
     """Every key with its type, default and meaning."""
+    keys = {row[0]: row for row in _describe(kind, "")}
     for name, target in kind.SHORTCUTS.items():
-        yield name, "", "", f"short for {target}"
-    yield from _describe(kind, "")
+        _, type_name, default, meaning = keys[target]
+        yield name, type_name, default, f"{meaning} Short for {target}."
+    yield from keys.values()
 
 
 def _describe(kind: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str, str]]:

@@ -37,6 +37,7 @@ class Step:
         self.metrics: dict[str, float] = {}
         self.timings: dict[str, float] = {}
         self.rows: list[Mapping[str, Any]] = []
+        self.tokens = 0
         self.finished = ""
 
     def seed(self, *names: str | int) -> int:
@@ -54,6 +55,10 @@ class Step:
     def time(self, timings: Mapping[str, float]) -> None:
         """Add values that differ between equal runs; they go to timings.jsonl."""
         self.timings.update(timings)
+
+    def sampled(self, tokens: int) -> None:
+        """Count sampled tokens; the display shows them per second."""
+        self.tokens += tokens
 
     def samples(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add rows to samples.jsonl."""
@@ -89,7 +94,10 @@ async def steps(
         step = Step(index, seed, show)
         started = time.monotonic()
         yield step
-        step.time({"seconds": time.monotonic() - started})
+        seconds = time.monotonic() - started
+        step.time({"seconds": seconds, "tokens": step.tokens})
+        if step.tokens:
+            step.time({"tokens_per_s": step.tokens / seconds})
         finished = step.finished
         directory.append("metrics.jsonl", [{"step": index, **step.metrics}])
         directory.append("samples.jsonl", ({"step": index, **row} for row in step.rows))

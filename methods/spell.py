@@ -6,6 +6,7 @@ reference mean the same. All three learn from one combined update, strictly on-p
 paper and its reference code is in docs/methods/spell.md.
 """
 
+import hashlib
 import random
 from collections.abc import Sequence
 
@@ -23,7 +24,7 @@ from methods.worlds.ledger import LedgerWorld
 from methods.worlds.ledger_base import ledger_base
 from methods.worlds.text import TextWorld
 from methods.worlds.world import World
-from protocols.errors import Stale
+from protocols.errors import BadInput, Stale
 from protocols.policy import PolicyConfig, PolicyService, ScoreRequest
 from protocols.questioner import RememberRequest
 from protocols.questions import Cluster as DocumentCluster
@@ -40,6 +41,8 @@ KEEP_RATE_WINDOW = 5
 class State(LoopState):
     """What the loop carries from step to step beside weights and history memory."""
 
+    documents: str = ""
+    """Digest of the clusters, so that a run is not continued over other texts."""
     drawn: dict[str, int] = {}
     """Clusters dealt out so far, by task."""
     keep_rates: list[tuple[int, int]] = []
@@ -55,13 +58,16 @@ class State(LoopState):
 async def run(cluster: Cluster, config: Config) -> None:
     """Train a policy by self-play."""
     world = make_world(config)
+    gold = given_questions(world, config)
     cast, reference, judge = await make_cast(cluster, config)
     examiner = Examiner(cast, world, config, judge)
     state = State()
+    digest = documents_digest(world)
 
     async for step in cluster.steps(state, first=0):
+        check_same_documents(state, digest)
         if step.index > 0:
-            rounds = await self_play(step, cast, world, config, state)
+            rounds = await self_play(step, cast, world, gold, config, state)
             batch = assemble(rounds, config, step.rng("batch"))
             starved = batch.good < config.starved_share * config.questions_per_step
             if starved:
@@ -94,6 +100,21 @@ def make_world(config: Config) -> World:
     return TextWorld(config.text, config.seed)
 
 
+def documents_digest(world: World) -> str:
+    """Names the texts that a run learns from."""
+    digest = hashlib.sha256()
+    for cluster in world.training:
+        digest.update(cluster.model_dump_json().encode())
+    return digest.hexdigest()
+
+
+def check_same_documents(state: State, digest: str) -> None:
+    """Raise BadInput if the run was begun over other texts than those that are there now."""
+    if state.documents not in ("", digest):
+        raise BadInput("documents: they differ from those that this run was begun with; choose another run=")
+    state.documents = digest
+
+
 async def make_cast(cluster: Cluster, config: Config) -> tuple[Cast, PolicyService | None, PolicyService | None]:
     """The three roles over one policy; a frozen copy of the base if there is a KL; a judge if one is named."""
     model = config.policy
@@ -114,14 +135,15 @@ async def make_cast(cluster: Cluster, config: Config) -> tuple[Cast, PolicyServi
     return cast, reference, judge
 
 
-async def self_play(step: Step, cast: Cast, world: World, config: Config, state: State) -> list[Round]:
+async def self_play(
+    step: Step, cast: Cast, world: World, gold: dict[str, list[GoldQuestion]], config: Config, state: State
+) -> list[Round]:
     """Ask questions until N are good (section 2.2, steps 1 to 8).
 
     Chunks of questions are in different stages at the same time. A new one is launched only if those done and
     those under way, at the usual share of good ones, do not promise enough; at most `most_batches` generation
     batches are. Results are taken in the order of launching, so the outcome does not depend on timing.
     """
-    gold = given_questions(world, config)
     playable = [one for one in world.training if not gold or one.question_id in gold]
     source = ClusterSource(playable, config.task_weights, config.seed, state.drawn)
     keep_rate = usual_keep_rate(state, config)

@@ -7,6 +7,7 @@ import numpy as np
 
 from cluster.steps import Step
 from cluster.summary import Summary, SummaryRow
+from methods.spell_audit import gate
 from methods.spell_batch import ROLES, Batch, Sample, dump_row
 from methods.spell_config import Config
 from methods.spell_rounds import Fate, Round
@@ -41,6 +42,7 @@ def log_rounds(step: Step, rounds: Sequence[Round], batch: Batch, starved: bool,
     metrics |= _agreement(answered, world) | _curriculum(rounds, world) | _lengths(batch)
     metrics |= _audited(rounds, world)
     step.log(metrics)
+    step.sampled(sum(round_.sampled_tokens() for round_ in rounds))
 
 
 def _agreement(answered: Sequence[Round], world: World) -> dict[str, float]:
@@ -123,8 +125,11 @@ def summary(rows: Sequence[Mapping[str, float]], world: World, config: Config, f
     """Before and after, on held-out questions; the loop's own reward beside it, because it is not accuracy."""
     notes = [finished] if finished else []
     notes += world.notes()
-    audited = rows and rows[0].get("audit/audited", 0)
-    if not audited:
+    base = dict(rows[0]) if rows else {}
+    warning = gate(base, config.audit)
+    if warning and warning != finished:
+        notes.append(f"not enforced: {warning}")
+    if not base.get("audit/audited"):
         notes.append(
             "No reference could be audited: neither truth nor a judge (audit.judge=) is at hand, so the start gate"
             " was open. Loop reward alone does not show learning."

@@ -58,6 +58,7 @@ class Round:
     proposal: Proposal
     fate: Fate | None = None
     probe_hits: int = 0
+    probe_tokens: int = 0
     prompt_text: str = ""
     answers: Sampled | None = None
     judgements: list[Judgement] = field(default_factory=list)
@@ -67,6 +68,13 @@ class Round:
     def accuracy(self) -> float:
         """Mean responder reward; 0 if the question was not answered."""
         return float(np.mean(self.rewards)) if self.rewards else 0.0
+
+    def sampled_tokens(self) -> int:
+        """Tokens sampled for it, in all roles."""
+        own = [self.proposal.completion] if self.proposal.completion else []
+        answers = self.answers.completions if self.answers else []
+        votes = [completion for judgement in self.judgements for completion in judgement.completions]
+        return self.probe_tokens + sum(len(completion.tokens) for completion in [*own, *answers, *votes])
 
     def questioner_reward(self, config: Config) -> float:
         """Reward of the question (section 2.4)."""
@@ -142,7 +150,8 @@ async def _probe(cast: Cast, config: Config, rounds: list[Round], seed: int) -> 
     request = SampleRequest(prompts=prompts, n=attempts, params=config.answer_sampling)
     sampled = (await cast.policy.sample(request)).results
     judged = await _judge(cast, rounds, sampled, config, votes=0, seed=seed)
-    for round_, judgements in zip(rounds, judged, strict=True):
+    for round_, group, judgements in zip(rounds, sampled, judged, strict=True):
+        round_.probe_tokens = sum(len(completion.tokens) for completion in group.completions)
         round_.probe_hits = sum(judgement.rule_score >= 1 for judgement in judgements)
         if answered_without_documents(
             round_.proposal.task, round_.probe_hits, attempts, config.grounding.thresholds()

@@ -94,7 +94,7 @@ class Service(ABC):
     async def health(self, request: HealthRequest) -> HealthResponse:
         """Say whether the actor can serve."""
 
-    @rpc(dispatch="all")
+    @rpc()
     @abstractmethod
     async def save(self, request: CheckpointRequest) -> CheckpointResponse:
         """Write the actor's whole state under a directory."""

@@ -114,8 +114,9 @@ async def ledger_base(company: Company, config: LedgerConfig, policy: PolicyConf
         staging = target.with_name(f".{target.name}.{os.getpid()}")
         try:
             await _train(company, config, policy, seed, staging)
-            shutil.rmtree(target, ignore_errors=True)
-            os.rename(staging / "model", target)
+            # Another run may have made the same base meanwhile; then theirs is as good.
+            if not target.exists():
+                os.rename(staging / "model", target)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     return str(target)
