@@ -17,18 +17,27 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cluster.cluster import Cluster
+    from cluster.config import MethodConfig
 
 METHODS = Path(__file__).parent / "methods"
 BAD_INPUT, FAILED, ENDED_EARLY = 2, 1, 3
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command. Returns the exit code: 0 done, 1 failed, 2 bad input, 3 the run ended itself early."""
+    """Run a command. Returns the exit code: 0 done, 1 failed, 2 bad input, 3 the run ended itself early,
+    128 + n stopped by signal n."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     from protocols.errors import BadInput, RepertoryError
 
     try:
         return _dispatch(words)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 128 + signal.SIGINT
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
@@ -126,34 +135,32 @@ def _help(name: str, module: ModuleType) -> int:
     return 0
 
 
-def _run(name: str, module: ModuleType, config: object, run: str) -> int:
+def _run(name: str, module: ModuleType, config: "MethodConfig", run: str) -> int:
     """Run a method to its end, or until Ctrl-C or SIGTERM."""
-    outcome = {"code": 0}
-    try:
-        asyncio.run(_in_cluster(name, module, config, run, outcome))
-    except KeyboardInterrupt:
-        outcome["code"] = 128 + signal.SIGINT
-    except asyncio.CancelledError:
-        outcome["code"] = 128 + signal.SIGTERM
-    if outcome["code"] > 128:
-        print("stopped; the same command continues from the last commit", file=sys.stderr)
-    return outcome["code"]
-
-
-async def _in_cluster(name: str, module: ModuleType, config: object, run: str, outcome: dict[str, int]) -> None:
     from cluster.cluster import Cluster
-    from cluster.config import MethodConfig
 
-    assert isinstance(config, MethodConfig)
+    cluster = Cluster(config, method=name, run=run, headline=getattr(module, "HEADLINE", ()))
+    try:
+        return asyncio.run(_in_cluster(cluster, module))
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+    except asyncio.CancelledError:
+        code = 128 + signal.SIGTERM
+    latest = cluster.directory.latest()
+    where = f"continues after {latest.name}" if latest else "begins anew, nothing is committed yet"
+    print(f"stopped; the same command {where}", file=sys.stderr)
+    return code
+
+
+async def _in_cluster(cluster: "Cluster", module: ModuleType) -> int:
     task = asyncio.current_task()
     assert task is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    headline = getattr(module, "HEADLINE", ())
-    async with Cluster(config, method=name, run=run, headline=headline) as cluster:
-        await module.run(cluster, config)
+    async with cluster:
+        await module.run(cluster, cluster.config)
         finished = cluster.finished()
     _conclude(cluster.directory.path, finished)
-    outcome["code"] = ENDED_EARLY if finished else 0
+    return ENDED_EARLY if finished else 0
 
 
 def _conclude(folder: Path, finished: str) -> None:

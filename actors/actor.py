@@ -1,8 +1,8 @@
 """The life of an actor: set-up, calls, state, drain, close."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
 from pathlib import Path
 
 from protocols.errors import BadInput, Corrupt, Unavailable, classify
@@ -32,7 +32,8 @@ class Actor(Service):
         """Load what the actor needs. Raises BadInput when its configuration cannot work here."""
 
     async def close(self) -> None:
-        """Give back what `setup` took."""
+        """Give back what `setup` took; no call is answered any more."""
+        self._ready = False
 
     def state(self) -> Message:
         """What must survive a restart, apart from weights."""
@@ -106,13 +107,14 @@ async def answer(actor: Actor, method: str, request: Message) -> Message:
     return response
 
 
-async def answer_stream(actor: Actor, method: str, request: Message) -> AsyncIterator[Message]:
+async def answer_stream(actor: Actor, method: str, request: Message) -> AsyncGenerator[Message, None]:
     """Let the actor answer one streaming call; errors as in `answer`."""
     _check(actor, method, request)
     with actor._call(method):
         try:
-            async for item in getattr(actor, method)(request):
-                yield item
+            async with aclosing(getattr(actor, method)(request)) as items:
+                async for item in items:
+                    yield item
         except Exception as error:
             raise classify(error) from error
 

@@ -25,6 +25,9 @@ from protocols.questioner import (
 from protocols.questions import LETTERS, Cluster, Proposal, ProposalStatus, Task
 from protocols.service import Empty, Message
 
+READABLE = frozenset({ProposalStatus.OK, ProposalStatus.DUPLICATE, ProposalStatus.UNSUPPORTED})
+"""What a question that could be read may be."""
+
 
 class Memory(Message):
     """What a questioner remembers."""
@@ -96,7 +99,10 @@ class QuestionerActor(Actor, QuestionerService):
         return HistoryResponse(entries=self._memory.entries.get(key, []))
 
     async def _plan(self, cluster: Cluster, uid: str, request: ProposeRequest) -> Plan:
-        """Choose documents and history that fit the prompt: first the oldest history goes, then documents."""
+        """Choose documents and history that fit the prompt.
+
+        First the oldest questions go, each with the documents that only it had brought in; then documents.
+        """
         rng = random.Random(f"{request.seed}/{uid}")
         remembered = self._memory.entries.get(_key(cluster.task, cluster.question_id), [])
         evidence, fresh = choose_documents(
@@ -111,6 +117,7 @@ class QuestionerActor(Actor, QuestionerService):
                 break
             if history:
                 history = history[1:]
+                evidence = documents_of(history, fresh) or evidence
             else:
                 evidence = sorted(rng.sample(evidence, max(1, len(evidence) * 3 // 4)))
                 fresh = [i for i in fresh if i in evidence]
@@ -193,8 +200,11 @@ class QuestionerActor(Actor, QuestionerService):
         return ProposalStatus.OK, ""
 
     async def _check_answer_lengths(self, proposals: list[Proposal]) -> list[Proposal]:
-        """Refuse free answers that are too long in policy tokens."""
-        free = [i for i, p in enumerate(proposals) if p.status is ProposalStatus.OK and p.task is Task.GENERAL]
+        """Refuse free answers that are too long in policy tokens.
+
+        This comes before all other reasons, since the parser's verdict (`bad_answer`) is not penalised.
+        """
+        free = [i for i, p in enumerate(proposals) if p.status in READABLE and p.task is Task.GENERAL]
         if not free:
             return proposals
         prompts = [Prompt(text=proposals[i].answer) for i in free]
@@ -217,10 +227,15 @@ def choose_documents(
 
     The documents of all remembered questions, and up to `new` of the rest (SPELL section 2.3).
     """
-    known = {i for entry in remembered for i in entry.documents}
+    known = documents_of(remembered, [])
     rest = [i for i in range(total) if i not in known]
     fresh = sorted(rng.sample(rest, min(new, len(rest))))
-    return sorted(known.union(fresh)), fresh
+    return documents_of(remembered, fresh), fresh
+
+
+def documents_of(remembered: Sequence[HistoryEntry], fresh: Sequence[int]) -> list[int]:
+    """Indices of the documents of the remembered questions and of the new ones, ascending."""
+    return sorted({i for entry in remembered for i in entry.documents}.union(fresh))
 
 
 def repeats(question: str, answer: str, entry: HistoryEntry, overlap: float) -> bool:

@@ -3,9 +3,9 @@
 import functools
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import ExitStack, aclosing
+from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from actors.actor import Actor, start
 from cluster.config import MethodConfig
@@ -13,11 +13,11 @@ from cluster.handle import Transport, call_times, make_handle
 from cluster.inline import InlineTransport
 from cluster.progress import Progress
 from cluster.replicas import Replicas
-from cluster.run_directory import RunDirectory, read_manifest, write_atomically
+from cluster.run_directory import RunDirectory, read_manifest, step_of, write_atomically
 from cluster.steps import LoopState, Step, steps
 from cluster.summary import Summary
 from cluster.tracking import Tracker, open_tracker
-from protocols.errors import BadInput
+from protocols.errors import BadInput, RepertoryError, classify
 from protocols.placement import Resources
 from protocols.policy import PolicyConfig, PolicyService
 from protocols.questioner import QuestionerConfig, QuestionerService
@@ -39,25 +39,22 @@ class Cluster:
         self._started: dict[str, list[Transport]] = {}
         self._handles: dict[str, Service] = {}
         self._committed: dict[str, Service] = {}
-        # The display and the tracker must close however the loop is left, also by an error in its body.
-        self._open = ExitStack()
+        # What must end however the run is left, last in, first out; a failure in one does not spare the others.
+        self._open = AsyncExitStack()
+        self._connected = False
+
+    @property
+    def saved_config(self) -> dict[str, Any]:
+        """What the run's config.yaml holds."""
+        return {"method": self.method, **self.config.model_dump(mode="json")}
 
     async def __aenter__(self) -> "Cluster":
-        if self.config.transport == "ray":
-            from cluster.ray_transport import connect
-
-            connect(self._run)
+        self._open.callback(self.directory.close)
+        self.directory.claim(self.saved_config, self.config.MAY_CHANGE)
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        self._open.close()
-        for name in list(self._started):
-            await self.stop(name)
-        if self.config.transport == "ray":
-            from cluster.ray_transport import disconnect
-
-            disconnect()
-        self.directory.close()
+        await self._open.aclose()
 
     def progress(self, title: str, total: int, headline: Sequence[str] = ()) -> Progress:
         """A display for long work outside of the run's own steps; a context manager."""
@@ -113,9 +110,16 @@ class Cluster:
             raise BadInput(f"there is an actor {name!r} in this run already")
         count = resources.replicas
         names = [name] if count == 1 else [f"{name}-{i}" for i in range(count)]
+        if self.config.transport == "ray":
+            self._connect()
         self._started[name] = []
-        for replica in names:
-            self._started[name].append(await self._start_one(replica, build, resources))
+        self._open.push_async_callback(self.stop, name)
+        try:
+            for replica in names:
+                self._started[name].append(await self._start_one(replica, build, resources))
+        except BaseException:
+            await self.stop(name)
+            raise
         transport = self._started[name][0] if count == 1 else Replicas(name, self._started[name])
         handle = make_handle(service, transport, self.config.deadline_s)
         self._handles[name] = handle
@@ -127,14 +131,29 @@ class Cluster:
         if self.config.transport == "ray":
             from cluster.ray_transport import spawn
 
-            return await spawn(name, self._run, build, resources)
-        actor = build()
-        await start(actor)
+            return await spawn(name, self._run, build, resources, self.config.deadline_s)
+        try:
+            actor = build()
+        except Exception as error:
+            raise classify(error) from error
+        try:
+            await start(actor)
+        except BaseException:
+            await actor.close()
+            raise
         return InlineTransport(name, actor)
 
+    def _connect(self) -> None:
+        """Join Ray with the first actor: bad input is found before, and without Ray."""
+        from cluster.ray_transport import connect, disconnect
+
+        if not self._connected and connect(self._run):
+            self._open.callback(disconnect)
+        self._connected = True
+
     async def stop(self, name: str) -> None:
-        """End an actor and give back what it took."""
-        for transport in self._started.pop(name):
+        """End an actor and give back what it took; nothing happens if there is none of that name."""
+        for transport in self._started.pop(name, []):
             if isinstance(transport, InlineTransport):
                 await transport.actor.close()
             else:
@@ -152,12 +171,9 @@ class Cluster:
         leaves nothing behind. Raises BadInput if the folder belongs to another configuration.
         """
         config = self.config
-        saved = {"method": self.method, **config.model_dump(mode="json")}
-        self.directory.open(saved, config.MAY_CHANGE)
-        tracker = open_tracker(config.wandb, self.directory.path, config.wandb_project, self._run, saved)
-        self._open.callback(tracker.close)
+        tracker = self._open_run()
         latest = self.directory.latest()
-        done = int(latest.name.removeprefix("step-")) if latest else first - 1
+        done = step_of(latest) if latest else first - 1
         title = f"{self.method} {self._run}"
         progress = self._open.enter_context(Progress(title, config.steps, done=max(done, 0), headline=self._headline))
         iterator = steps(
@@ -178,6 +194,18 @@ class Cluster:
                 yield step
                 after = self._call_seconds()
                 step.time({key: after[key] - before.get(key, 0.0) for key in after})
+
+    def _open_run(self) -> Tracker:
+        config, saved, path = self.config, self.saved_config, self.directory.path
+        new = self.directory.open(saved, config.MAY_CHANGE)
+        try:
+            tracker = open_tracker(config.wandb, path, config.wandb_project, self._run, saved)
+        except RepertoryError:
+            if new:
+                self.directory.discard()
+            raise
+        self._open.callback(tracker.close)
+        return tracker
 
     def _call_seconds(self) -> dict[str, float]:
         """Seconds spent so far in calls, by `actor.method`."""

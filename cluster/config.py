@@ -28,7 +28,7 @@ class MethodConfig(Message):
     # Short names for nested keys, for the command line and for files.
     SHORTCUTS: ClassVar[dict[str, str]] = {}
 
-    run: str = Field(default="", pattern=r"^[A-Za-z0-9._-]*$")
+    run: str = Field(default="", pattern=r"^([A-Za-z0-9_-][A-Za-z0-9._-]*)?$")
     """Name of the run and of its folder; empty: the method's name and a digest of the configuration, so that
     the same command continues the same run."""
     runs_dir: str = "runs"

@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
@@ -13,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from cluster.config import MethodConfig
+from cluster.run_directory import flatten
 from protocols.errors import BadInput, describe_validation_error
 
 C = TypeVar("C", bound=MethodConfig)
@@ -128,20 +130,26 @@ def _check_keys(kind: type[MethodConfig], given: Mapping[str, Any]) -> None:
     known = [name for name, *_ in describe(kind)]
     for path in _unknown(kind, given, ""):
         by_end = [name for name in known if name.split(".")[-1] == path.split(".")[-1]]
-        near = by_end or difflib.get_close_matches(path, known, n=1, cutoff=0.5)
+        alike, remote = (difflib.get_close_matches(path, known, n=1, cutoff=cutoff) for cutoff in (0.8, 0.5))
+        near = alike or by_end or remote
         hint = f"; did you mean {near[0]}?" if near else ""
         raise BadInput(f"{path}: unknown key{hint} (--help lists all keys)")
 
 
 def _unknown(kind: type[BaseModel], given: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    """Paths that lead nowhere. Raises BadInput for a value where more keys are expected."""
     for key, value in given.items():
         field = kind.model_fields.get(str(key))
         if field is None:
-            yield f"{prefix}{key}"
+            yield next(iter(flatten({key: value}, prefix.rstrip("."))))
             continue
         inner = _model_of(field.annotation)
-        if inner is not None and isinstance(value, Mapping):
-            yield from _unknown(inner, value, f"{prefix}{key}.")
+        if inner is None or value is None:
+            continue
+        if not isinstance(value, Mapping):
+            example = f"{prefix}{key}.{next(iter(inner.model_fields))}"
+            raise BadInput(f"{prefix}{key}: got {value!r}; expected keys below it, such as {example}=")
+        yield from _unknown(inner, value, f"{prefix}{key}.")
 
 
 def _annotation(kind: type[BaseModel], path: str) -> Any:
@@ -171,9 +179,8 @@ def _is_text(annotation: Any) -> bool:
 
 def _type_name(annotation: Any) -> str:
     name = annotation.__name__ if isinstance(annotation, type) and not get_args(annotation) else str(annotation)
-    for noise in ("typing.", "collections.abc.", "protocols.questions.", "methods.spell_maths."):
-        name = name.replace(noise, "")
-    return name.replace("Literal[", "one of [")
+    # Without the modules that classes come from.
+    return re.sub(r"\b[a-z_][\w.]*\.(?=[A-Z])", "", name).replace("Literal[", "one of [")
 
 
 def _shown(field: FieldInfo) -> str:

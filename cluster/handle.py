@@ -7,7 +7,8 @@ service and nothing else. Deadlines, timing and the check of the request live he
 import asyncio
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Protocol, TypeVar, cast
@@ -28,8 +29,8 @@ class Transport(Protocol):
     async def call(self, method: Method, request: Message) -> Message:
         """Send one request, return its response."""
 
-    def stream(self, method: Method, request: Message) -> AsyncIterator[Message]:
-        """Send one request, yield what comes back."""
+    def stream(self, method: Method, request: Message) -> AsyncGenerator[Message, None]:
+        """Send one request, yield what comes back. Closing it early ends the call in the actor."""
 
 
 @dataclass
@@ -114,14 +115,14 @@ def _streaming(method: Method) -> Callable[..., Any]:
     async def stream(self: Handle, request: Message) -> AsyncIterator[Message]:
         _check(self, method, request)
         started = time.monotonic()
-        items = self.transport.stream(method, request)
         try:
-            while True:
-                async with asyncio.timeout(self.deadline_s):
-                    item = await anext(items, None)
-                if item is None:
-                    return
-                yield item
+            async with aclosing(self.transport.stream(method, request)) as items:
+                while True:
+                    async with asyncio.timeout(self.deadline_s):
+                        item = await anext(items, None)
+                    if item is None:
+                        return
+                    yield item
         except TimeoutError:
             raise DeadlineExceeded(_too_late(self, method)) from None
         finally:

@@ -1,6 +1,6 @@
 """The inline transport: the actor is an object in this process."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
 from actors.actor import Actor, answer, answer_stream
@@ -18,7 +18,7 @@ class InlineTransport:
         """Let the actor answer."""
         return await answer(self.actor, method.name, request)
 
-    def stream(self, method: Method, request: Message) -> AsyncIterator[Message]:
+    def stream(self, method: Method, request: Message) -> AsyncGenerator[Message, None]:
         """Let the actor answer, item by item."""
         return answer_stream(self.actor, method.name, request)
 

@@ -4,32 +4,45 @@ ray is imported when the first actor is spawned, so inline runs never load it.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+import contextlib
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from actors.actor import Actor, answer, answer_stream, start
-from protocols.errors import Internal, RepertoryError, Unavailable, classify
+from protocols.errors import BadInput, DeadlineExceeded, Internal, RepertoryError, Unavailable, classify
 from protocols.placement import Resources
 from protocols.service import Message, Method
 
 # Concurrency is bounded by the actor itself (a policy works on one thread); Ray must not add a queue to it.
 MAX_CONCURRENCY = 1000
+# Seconds: without a word while an actor waits for a place, for one to close, for a cluster to answer at all.
+PLACE_QUIETLY, CLOSE, REACH = 30.0, 10.0, 10.0
+
+logger = logging.getLogger(__name__)
 
 
 class ActorHost:
     """Runs inside the Ray actor. Errors go back as values, because Ray would change their type and text."""
 
     def __init__(self, build: Callable[[], Actor]) -> None:
-        self._actor = build()
+        self._build = build
+        self._actor: Actor
 
     async def start(self) -> RepertoryError | None:
-        """Set the actor up; an error is returned."""
+        """Build the actor and set it up; an error is returned."""
         try:
+            self._actor = self._build()
             await start(self._actor)
-        except RepertoryError as error:
-            return error
+        # Building imports what the actor needs, which may fail in any way.
+        except Exception as error:  # noqa: BLE001
+            return classify(error)
         return None
 
     async def call(self, method: str, request: Message) -> Message | RepertoryError:
@@ -39,7 +52,7 @@ class ActorHost:
         except RepertoryError as error:
             return error
 
-    async def stream(self, method: str, request: Message) -> AsyncIterator[Message | RepertoryError]:
+    async def stream(self, method: str, request: Message) -> AsyncGenerator[Message | RepertoryError, None]:
         """One streaming call; an error is the last item."""
         try:
             async for item in answer_stream(self._actor, method, request):
@@ -82,8 +95,8 @@ class RayTransport:
             raise self._translated(error) from error
         return _unwrap(result)
 
-    async def stream(self, method: Method, request: Message) -> AsyncIterator[Message]:
-        """One remote streaming call."""
+    async def stream(self, method: Method, request: Message) -> AsyncGenerator[Message, None]:
+        """One remote streaming call; one that is closed early is cancelled in the actor too."""
         import ray
 
         items = self._host.stream.options(num_returns="streaming").remote(method.name, request)
@@ -109,51 +122,126 @@ class RayTransport:
         return RayTransport, (self.name, self.namespace)
 
 
-async def spawn(name: str, namespace: str, build: Callable[[], Actor], resources: Resources) -> RayTransport:
-    """Start a named Ray actor and set up what it hosts. Raises what the set-up raised."""
+async def spawn(
+    name: str, namespace: str, build: Callable[[], Actor], resources: Resources, deadline_s: float = 3600.0
+) -> RayTransport:
+    """Start a named Ray actor and set up what it hosts, within the deadline. Raises what the set-up raised."""
     import ray
 
-    host = (
-        ray.remote(ActorHost)
-        .options(
-            name=name,
-            namespace=namespace,
-            num_cpus=resources.cpus,
-            num_gpus=resources.gpus,
-            max_concurrency=MAX_CONCURRENCY,
-        )
-        .remote(build)
-    )
+    options = {
+        "name": name,
+        "namespace": namespace,
+        "num_cpus": resources.cpus,
+        "num_gpus": resources.gpus,
+        "max_concurrency": MAX_CONCURRENCY,
+    }
+    try:
+        host = ray.remote(ActorHost).options(**options).remote(build)
+    except ray.exceptions.ActorAlreadyExistsError:
+        raise BadInput(
+            f"run: the actor {name!r} of the run {namespace!r} is at work in this Ray cluster already;"
+            " stop the other run, or choose another run="
+        ) from None
     transport = RayTransport(name, namespace)
     # The named actor lives as long as a handle to it does, so the transport must hold this one.
     transport.__dict__["_host"] = host
     try:
-        failure = await host.start.remote()
-    except ray.exceptions.RayError as error:
-        raise transport._translated(error) from error
-    if failure is not None:
+        await _set_up(transport, resources, deadline_s)
+    except BaseException:
         ray.kill(host)
-        raise failure
+        raise
     return transport
 
 
-async def stop(transport: RayTransport) -> None:
-    """Close the hosted actor and end its process."""
+async def _set_up(transport: RayTransport, resources: Resources, deadline_s: float) -> None:
     import ray
 
     try:
-        await transport._host.close.remote()
-    except ray.exceptions.RayError:
-        return
-    ray.kill(transport._host)
+        async with asyncio.timeout(deadline_s):
+            await _placed(transport, resources)
+            failure = await transport._host.start.remote()
+    except ray.exceptions.RayError as error:
+        raise transport._translated(error) from error
+    except TimeoutError:
+        raise DeadlineExceeded(f"the actor {transport.name!r} was not up within {deadline_s:g} s") from None
+    if failure is not None:
+        raise failure
 
 
-def connect(namespace: str) -> None:
-    """Join the Ray cluster that RAY_ADDRESS names, or start one on this machine."""
+async def _placed(transport: RayTransport, resources: Resources) -> None:
+    """Wait until the actor's process runs; say whom the run waits for when the cluster has no place for it."""
     import ray
 
-    if not ray.is_initialized():
-        ray.init(namespace=namespace, include_dashboard=False, log_to_driver=False, logging_level="WARNING")
+    def warn() -> None:
+        free = ray.available_resources()
+        logger.warning(
+            "the actor %r waits for cpus=%g gpus=%g; the Ray cluster has cpus=%g gpus=%g free",
+            transport.name,
+            resources.cpus,
+            resources.gpus,
+            free.get("CPU", 0),
+            free.get("GPU", 0),
+        )
+
+    timer = asyncio.get_running_loop().call_later(PLACE_QUIETLY, warn)
+    try:
+        await transport._host.__ray_ready__.remote()
+    finally:
+        timer.cancel()
+
+
+async def stop(transport: RayTransport) -> None:
+    """Close the hosted actor and end its process, also if it is dead or does not answer."""
+    import ray
+
+    try:
+        with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
+            async with asyncio.timeout(CLOSE):
+                await transport._host.close.remote()
+    finally:
+        ray.kill(transport._host)
+
+
+def connect(namespace: str) -> bool:
+    """Join the Ray cluster that RAY_ADDRESS names, or start one on this machine.
+
+    Returns whether this process was not in one already. Raises Unavailable when the cluster cannot be joined.
+    """
+    import ray
+
+    if ray.is_initialized():
+        return False
+    # Without an address Ray would also wait, without end, for a `ray start` that was killed on this machine.
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    _check_reachable(address)
+    # Says at every start that the token is in use, which is as it should be.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(
+            address,
+            namespace=namespace,
+            include_dashboard=False if address == "local" else None,
+            log_to_driver=False,
+            logging_level="WARNING",
+        )
+    except (ray.exceptions.RayError, OSError, RuntimeError, ValueError) as error:
+        raise Unavailable(f"cannot join the Ray cluster at {address!r}: {error}") from error
+    # Ray would print its C++ stack before the run stops as it should.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)
+    return True
+
+
+def _check_reachable(address: str) -> None:
+    """Raise Unavailable if nobody listens at HOST:PORT, for which Ray itself would wait without end."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=REACH).close()
+    except OSError as error:
+        raise Unavailable(f"RAY_ADDRESS: no Ray cluster answers at {address}: {error}") from error
 
 
 def disconnect() -> None:

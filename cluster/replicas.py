@@ -1,8 +1,9 @@
 """Several copies of an actor behind one handle."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from typing import cast
 
 from cluster.handle import Transport
 from protocols.errors import Unavailable
@@ -24,8 +25,7 @@ class Replicas:
     async def call(self, method: Method, request: Message) -> Message:
         """Send to one replica, or to all."""
         if method.dispatch == "all":
-            responses = await asyncio.gather(*(replica.call(method, request) for replica in self.replicas))
-            return responses[0]
+            return await self._call_all(method, request)
         tried: set[int] = set()
         while True:
             index = self._least_loaded(tried)
@@ -37,12 +37,22 @@ class Replicas:
                 if not method.safe or len(tried) == len(self.replicas):
                     raise
 
-    async def stream(self, method: Method, request: Message) -> AsyncIterator[Message]:
+    async def stream(self, method: Method, request: Message) -> AsyncGenerator[Message, None]:
         """Stream from one replica."""
         index = self._least_loaded(set())
         with self._counted(index):
-            async for item in self.replicas[index].stream(method, request):
-                yield item
+            async with aclosing(self.replicas[index].stream(method, request)) as items:
+                async for item in items:
+                    yield item
+
+    async def _call_all(self, method: Method, request: Message) -> Message:
+        calls = (replica.call(method, request) for replica in self.replicas)
+        # All are waited for also when one fails: none may still be changing when the caller goes on.
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        failures = [answer for answer in answers if isinstance(answer, BaseException)]
+        if failures:
+            raise failures[0]
+        return cast(Message, answers[0])
 
     def _least_loaded(self, excluded: set[int]) -> int:
         free = [i for i in range(len(self.replicas)) if i not in excluded]

@@ -17,10 +17,10 @@ from typing import Any, TextIO
 
 import yaml
 
-from protocols.errors import BadInput, Corrupt, Stale
+from protocols.errors import BadInput, Corrupt
 from protocols.service import Message
 
-JOURNALS = ("metrics.jsonl", "samples.jsonl")
+JOURNALS = ("metrics.jsonl", "samples.jsonl", "timings.jsonl")
 
 
 class Manifest(Message):
@@ -44,28 +44,50 @@ class RunDirectory:
         self.checkpoints = path / "checkpoints"
         self._lock: TextIO | None = None
 
-    def open(self, config: Mapping[str, Any], may_change: Iterable[str]) -> None:
-        """Create the folder, or take over one with the same configuration.
+    def claim(self, config: Mapping[str, Any], may_change: Iterable[str]) -> None:
+        """Hold the folder if there is one already; a new one is not made yet.
 
-        Raises BadInput if it belongs to another configuration, Stale if another process holds it.
+        Raises BadInput if it belongs to another configuration, is no run, is held by another process or cannot
+        be written to.
         """
+        nearest = next(folder for folder in (self.path, *self.path.parents) if folder.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+            raise BadInput(f"runs_dir: {nearest} is not a folder that can be written to")
         file = self.path / "config.yaml"
         if file.is_file():
             check_same_config(file, config, may_change)
-        elif self.path.exists() and any(self.path.iterdir()):
+            self._acquire()
+        # Hidden files are what a run leaves that was killed before it had its config.yaml.
+        elif nearest == self.path and any(not entry.name.startswith(".") for entry in self.path.iterdir()):
             raise BadInput(f"run: {self.path} exists and is not a run (no config.yaml); choose another run=")
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
+
+    def open(self, config: Mapping[str, Any], may_change: Iterable[str]) -> bool:
+        """Create the folder, or take over one with the same configuration. Returns whether it is new.
+
+        Raises BadInput as `claim` does.
+        """
+        self.claim(config, may_change)
+        new = not (self.path / "config.yaml").is_file()
+        self.path.mkdir(parents=True, exist_ok=True)
         self._acquire()
-        write_atomically(file, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+        write_atomically(self.path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+        return new
 
     def _acquire(self) -> None:
-        self._lock = open(self.path / ".lock", "w")  # noqa: SIM115  held as long as the run
+        if self._lock is not None:
+            return
+        lock = open(self.path / ".lock", "w")  # noqa: SIM115  held as long as the run
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self._lock.close()
-            self._lock = None
-            raise Stale(f"run: {self.path} is in use by another process") from None
+            lock.close()
+            raise BadInput(f"run: {self.path} is in use by another process; choose another run=") from None
+        self._lock = lock
+
+    def discard(self) -> None:
+        """Remove the folder of a run that could not start."""
+        self.close()
+        shutil.rmtree(self.path)
 
     def close(self) -> None:
         """Let go of the folder."""
@@ -75,20 +97,26 @@ class RunDirectory:
 
     def append(self, journal: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add rows to a journal, one JSON object per line."""
-        with open(self.path / journal, "a", encoding="utf-8") as file:
+        # A lone surrogate in some text has no UTF-8 form, but a JSON escape, which is the backslash's.
+        with open(self.path / journal, "a", encoding="utf-8", errors="backslashreplace") as file:
             for row in rows:
                 file.write(json.dumps(_finite(row), ensure_ascii=False) + "\n")
 
     def latest(self) -> Path | None:
         """The last complete checkpoint."""
-        complete = sorted(p for p in self.checkpoints.glob("step-*") if (p / "manifest.json").is_file())
+        complete = [p for p in self._all() if (p / "manifest.json").is_file()]
         return complete[-1] if complete else None
+
+    def _all(self) -> list[Path]:
+        """The folders of checkpoints in order of steps, also of one that was being removed."""
+        found = [p for p in self.checkpoints.glob("step-*") if p.name.removeprefix("step-").isdecimal()]
+        return sorted(found, key=step_of)
 
     def begin_checkpoint(self) -> Path:
         """An empty folder to write a checkpoint into; what an interrupted one left behind is removed."""
         staging = self.checkpoints / ".staging"
         shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir()
+        staging.mkdir(parents=True)
         return staging
 
     def commit(self, staging: Path, step: int, finished: str, keep: int) -> Path:
@@ -100,7 +128,7 @@ class RunDirectory:
         target = self.checkpoints / f"step-{step:06d}"
         os.rename(staging, target)
         _sync(self.checkpoints)
-        for old in sorted(self.checkpoints.glob("step-*"))[:-keep]:
+        for old in self._all()[:-keep]:
             shutil.rmtree(old)
         return target
 
@@ -112,11 +140,22 @@ class RunDirectory:
         return file.stat().st_size
 
     def rewind(self, manifest: Manifest | None) -> None:
-        """Cut the journals back to a checkpoint, or to nothing."""
+        """Cut the journals back to a checkpoint, or to nothing. Raises Corrupt if one lacks committed rows."""
+        lengths = manifest.journals if manifest else {}
         for journal in JOURNALS:
-            file = self.path / journal
-            if file.exists():
-                os.truncate(file, manifest.journals.get(journal, 0) if manifest else 0)
+            file, length = self.path / journal, lengths.get(journal, 0)
+            found = file.stat().st_size if file.exists() else 0
+            if found < length:
+                raise Corrupt(
+                    f"{file} has {found} bytes, but {length} are committed; restore it, or choose another run="
+                )
+            if found > length:
+                os.truncate(file, length)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which a checkpoint was made."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def read_manifest(checkpoint: Path) -> Manifest:
@@ -126,7 +165,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
     """
     try:
         manifest = Manifest.model_validate_json((checkpoint / "manifest.json").read_text())
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise Corrupt(f"{checkpoint}/manifest.json is damaged: {error}") from error
     for name, digest in manifest.files.items():
         file = checkpoint / name
@@ -139,15 +178,26 @@ def read_manifest(checkpoint: Path) -> Manifest:
 
 def check_same_config(file: Path, config: Mapping[str, Any], may_change: Iterable[str]) -> None:
     """Raise BadInput that names the first key in which the configuration differs from the saved one."""
-    saved = yaml.safe_load(file.read_text()) or {}
     free = set(may_change)
-    old, new = flatten(saved), flatten(dict(config))
+    old, new = flatten(_read_config(file)), flatten(dict(config))
     for key in sorted(old.keys() | new.keys()):
         if key.split(".")[0] not in free and old.get(key) != new.get(key):
             raise BadInput(
                 f"run: {file.parent} was made with {key}={old.get(key)!r}, now it is {new.get(key)!r};"
                 " choose another run=, or give it the old value"
             )
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        saved = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise Corrupt(f"{file} is damaged: {error}") from error
+    except yaml.YAMLError as error:
+        raise Corrupt(f"{file} is damaged: {' '.join(str(error).split())}") from error
+    if not isinstance(saved, dict):
+        raise Corrupt(f"{file} is damaged: expected keys with values")
+    return saved
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -43,7 +43,7 @@ def show_summary(folder: Path) -> None:
     table = Table("", "before", "after", "how", title=summary.title, title_justify="left")
     for row in summary.rows:
         table.add_row(row.name, _number(row.before), _number(row.after), row.note)
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     console.print(table)
     for note in summary.notes:
         console.print(f"- {note}")

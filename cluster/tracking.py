@@ -80,16 +80,16 @@ def open_tracker(mode: TrackingMode, run_dir: Path, project: str, name: str, con
 
     try:
         # Takes effect for the whole process before the first message: init's own settings come too late.
-        wandb.setup(settings=wandb.Settings(silent=True, console="disabled", mode=mode))
+        wandb.setup(settings=wandb.Settings(silent=True, console="off", mode=mode))
         if mode == "online":
             _check_login(wandb)
         return WandbTracker(_start(wandb, mode, run_dir, project, name, config))
     except (wandb.errors.AuthenticationError, wandb.errors.UsageError) as error:
         _end_service()
-        raise BadInput(f"tracking: wandb refused: {error}") from error
+        raise BadInput(f"wandb: refused: {error}") from error
     except wandb.errors.Error as error:
         _end_service()
-        raise Unavailable(f"tracking: wandb did not start in mode {mode!r}: {error}") from error
+        raise Unavailable(f"wandb: did not start in mode {mode!r}: {error}") from error
     except BaseException:
         _end_service()
         raise
@@ -98,15 +98,15 @@ def open_tracker(mode: TrackingMode, run_dir: Path, project: str, name: str, con
 def _check_login(wandb: Any) -> None:
     if not wandb.login(prompt=False, verify=False):
         raise BadInput(
-            "tracking: got 'online', but there is no wandb API key; expected one in the environment variable "
-            "WANDB_API_KEY (or run `wandb login` once), or tracking 'offline' or 'off'"
+            "wandb: got 'online', but there is no API key; expected one in the environment variable WANDB_API_KEY"
+            " (or run `wandb login` once), or wandb=offline or wandb=disabled"
         )
 
 
 def _start(wandb: Any, mode: TrackingMode, run_dir: Path, project: str, name: str, config: dict[str, Any]) -> Any:
     settings = wandb.Settings(
         silent=True,
-        console="disabled",
+        console="off",
         finish_timeout=UPLOAD_SECONDS,
         finish_timeout_raises=True,
         # One helper process less; offline runs are the default and mostly stay where they are.

@@ -9,15 +9,16 @@ paper and its reference code is in docs/methods/spell.md.
 import hashlib
 import random
 from collections.abc import Sequence
+from contextlib import aclosing
 
 import numpy as np
 
 from cluster.cluster import Cluster
 from cluster.pipeline import in_order
 from cluster.steps import LoopState, Step
-from methods.spell_audit import Examiner, fallen, gate
+from methods.spell_audit import Examiner, Judge, fallen, gate
 from methods.spell_batch import Batch, assemble, loss_terms, train_rows
-from methods.spell_config import Config, preset
+from methods.spell_config import Config, fitted, preset
 from methods.spell_report import log_rounds, log_samples, summary
 from methods.spell_rounds import Cast, ClusterSource, Fate, Round, given, play, propose
 from methods.worlds.ledger import LedgerWorld
@@ -59,7 +60,10 @@ async def run(cluster: Cluster, config: Config) -> None:
     """Train a policy by self-play."""
     world = make_world(config)
     gold = given_questions(world, config)
-    cast, reference, judge = await make_cast(cluster, config)
+    cluster_source(world, gold, config, {})  # What it has to say against the input should not wait for step 1.
+    policy, model = await make_policy(cluster, config)
+    config = fitted(config, (await policy.info(Empty())).context_length)
+    cast, reference, judge = await make_cast(cluster, config, policy, model)
     examiner = Examiner(cast, world, config, judge)
     state = State()
     digest = documents_digest(world)
@@ -75,13 +79,13 @@ async def run(cluster: Cluster, config: Config) -> None:
             else:
                 step.log(await learn(cast.policy, reference, batch, config, step))
             log_rounds(step, rounds, batch, starved, world)
-            await log_samples(step, batch, config, cast.policy)
+            await log_samples(step, rounds, batch, config, cast.policy)
 
         if step.index % config.test_every == 0 or step.index == config.steps:
             step.activity("evaluating")
             metrics = await examiner.examine(step.index, config.questioner.documents + state.extra_documents)
             step.log(metrics)
-            reason = gate(metrics, config.audit) if step.index == 0 else ""
+            reason = gate(metrics, config) if step.index == 0 else ""
             if "eval/gold" in metrics:
                 state.best_gold, state.falls, fall = fallen(
                     metrics["eval/gold"], state.best_gold, state.falls, config.audit
@@ -115,13 +119,19 @@ def check_same_documents(state: State, digest: str) -> None:
     state.documents = digest
 
 
-async def make_cast(cluster: Cluster, config: Config) -> tuple[Cast, PolicyService | None, PolicyService | None]:
-    """The three roles over one policy; a frozen copy of the base if there is a KL; a judge if one is named."""
+async def make_policy(cluster: Cluster, config: Config) -> tuple[PolicyService, PolicyConfig]:
+    """The one model of all roles, and what it was made from."""
     model = config.policy
     if config.world == "ledger":
         base = await ledger_base(cluster, config.ledger, config.policy, config.seed)
         model = model.model_copy(update={"model": base})
-    policy = await cluster.policy(model)
+    return await cluster.policy(model), model
+
+
+async def make_cast(
+    cluster: Cluster, config: Config, policy: PolicyService, model: PolicyConfig
+) -> tuple[Cast, PolicyService | None, Judge | None]:
+    """The three roles over one policy; a frozen copy of the base if there is a KL; a judge if one is named."""
     cast = Cast(
         policy,
         await cluster.questioner(config.questioner, policy),
@@ -131,7 +141,10 @@ async def make_cast(cluster: Cluster, config: Config) -> tuple[Cast, PolicyServi
     reference = await cluster.policy(frozen, name="reference") if config.loss.kl_coef else None
     judge = None
     if config.audit.judge:
-        judge = await cluster.policy(PolicyConfig(model=config.audit.judge, trainer=None), name="judge")
+        stronger = frozen.model_copy(update={"model": config.audit.judge, "init": "pretrained"})
+        grader = await cluster.policy(stronger, name="judge")
+        by_both = config.verifier.model_copy(update={"mode": "both"})
+        judge = Judge(grader, await cluster.verifier(by_both, grader, name="judge-verifier"))
     return cast, reference, judge
 
 
@@ -144,21 +157,19 @@ async def self_play(
     those under way, at the usual share of good ones, do not promise enough; at most `most_batches` generation
     batches are. Results are taken in the order of launching, so the outcome does not depend on timing.
     """
-    playable = [one for one in world.training if not gold or one.question_id in gold]
-    source = ClusterSource(playable, config.task_weights, config.seed, state.drawn)
+    source = cluster_source(world, gold, config, state.drawn)
     keep_rate = usual_keep_rate(state, config)
     most = config.most_batches * config.generation_batch
     rounds: list[Round] = []
     busy: set[str] = set()
-    launched = 0
+    launched = good = 0
 
     def draw() -> tuple[int, list[DocumentCluster]] | None:
         nonlocal launched
-        good = sum(round_.fate is Fate.GOOD for round_ in rounds)
         promised = good + keep_rate * (launched - len(rounds))
         if promised >= config.questions_per_step or launched >= most:
             return None
-        chunk = source.draw(config.chunk, busy)
+        chunk = source.draw(min(config.chunk, most - launched), busy)
         if not chunk:
             return None
         busy.update(one.question_id for one in chunk)
@@ -177,15 +188,24 @@ async def self_play(
             fresh = await propose(cast, config, clusters, uids, seed, documents)
         return await play(cast, config, fresh, seed)
 
-    async for done in in_order(draw, work, config.chunks_in_flight):
-        rounds += done
-        busy.difference_update(round_.cluster.question_id for round_ in done)
-        worth = [round_.proposal for round_ in done if is_remembered(round_, config)]
-        await cast.questioner.remember(RememberRequest(proposals=worth))
-        good = sum(round_.fate is Fate.GOOD for round_ in rounds)
-        step.activity(f"{good} of {config.questions_per_step} good questions, {len(rounds)} asked")
+    async with aclosing(in_order(draw, work, config.chunks_in_flight)) as chunks:
+        async for done in chunks:
+            rounds += done
+            busy.difference_update(round_.cluster.question_id for round_ in done)
+            worth = [round_.proposal for round_ in done if is_remembered(round_, config)]
+            await cast.questioner.remember(RememberRequest(proposals=worth))
+            good += sum(round_.fate is Fate.GOOD for round_ in done)
+            step.activity(f"{good} of {config.questions_per_step} good questions, {len(rounds)} asked")
     state.keep_rates = [*state.keep_rates, (len(rounds), good)][-KEEP_RATE_WINDOW:]
     return rounds
+
+
+def cluster_source(
+    world: World, gold: dict[str, list[GoldQuestion]], config: Config, drawn: dict[str, int]
+) -> ClusterSource:
+    """Deals out the clusters that can be asked about. Raises BadInput if there is none."""
+    playable = [one for one in world.training if not gold or one.question_id in gold]
+    return ClusterSource(playable, config.task_weights, config.seed, drawn)
 
 
 def usual_keep_rate(state: State, config: Config) -> float:
@@ -209,6 +229,8 @@ async def learn(
     """The combined update (section 2.7): one optimiser step on all roles, or several if epochs ask for them."""
     version = (await policy.info(Empty())).version
     rows = train_rows(batch.samples, per_role=config.roles.weights is not None)
+    if not rows:
+        return {}
     check_on_policy(rows, version)
     if config.epochs * config.mini_batches > 1:
         rows = await scored(policy, rows, "sampled_logprobs", config.loss.temperature)
@@ -217,7 +239,7 @@ async def learn(
     losses = loss_terms(config)
     for epoch in range(config.epochs):
         order = step.rng("order", epoch).permutation(len(rows))
-        for piece in np.array_split(order, config.mini_batches):
+        for piece in np.array_split(order, min(config.mini_batches, len(rows))):
             step.activity(f"training on {len(piece)} rows")
             chosen = [rows[i] for i in sorted(piece)]
             report = await policy.forward_backward(ForwardBackwardRequest(rows=chosen, losses=losses))
@@ -250,9 +272,17 @@ async def scored(policy: PolicyService, rows: list[TrainRow], name: str, tempera
 
 
 def given_questions(world: World, config: Config) -> dict[str, list[GoldQuestion]]:
-    """Gold questions by training cluster, if the run trains on those instead of its own."""
+    """Gold questions by training cluster, if the run trains on those instead of its own.
+
+    Raises BadInput if it should, and there are none.
+    """
     by_cluster: dict[str, list[GoldQuestion]] = {}
     if config.proposals == "gold":
         for question in world.gold(world.training):
             by_cluster.setdefault(question.question_id, []).append(question)
+        if not by_cluster:
+            raise BadInput(
+                "proposals: gold needs questions with known answers about the clusters to train on; there are none"
+                " (qa= gives them, text.heldout_share keeps some of the clusters for evaluation)"
+            )
     return by_cluster

@@ -6,22 +6,32 @@ too many wrong ones is refused, and a fall of gold accuracy ends the run.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from cluster.seeds import derive_seed
 from methods.spell_config import AuditConfig, Config
+from methods.spell_maths import pass_at_k
 from methods.spell_rounds import Cast, ClusterSource, Round, propose
 from methods.worlds.world import World
-from protocols.messages import ChatMessage, Prompt
+from protocols.messages import ChatMessage, Prompt, SamplingParams
 from protocols.policy import PolicyService, Sampled, SampleRequest, TokenizeRequest
 from protocols.prompts import response_prompt
 from protocols.questions import Cluster, GoldQuestion
+from protocols.service import Empty
 from protocols.verifier import JudgeItem, JudgeRequest, VerifierService
 
 CALL = 64
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A stronger model: it answers from the documents, and says whether an answer matches a reference."""
+
+    policy: PolicyService
+    verifier: VerifierService
 
 
 @dataclass(frozen=True)
@@ -31,7 +41,7 @@ class Examiner:
     cast: Cast
     world: World
     config: Config
-    judge: PolicyService | None = None
+    judge: Judge | None = None
 
     async def examine(self, step: int, documents: int) -> dict[str, float]:
         """All that can be measured now, as metrics."""
@@ -51,7 +61,8 @@ class Examiner:
                 right["eval/gold"].append(score)
                 right[f"eval/gold_{question.hops}hop"].append(score)
                 right[f"eval/gold_{question.task.value}"].append(score)
-        return {name: float(np.mean(values)) for name, values in right.items()}
+        means = {name: float(np.mean(values)) for name, values in right.items()}
+        return means | pass_rates(right["eval/gold"], self.config.test_samples)
 
     def _test_questions(self) -> list[GoldQuestion]:
         questions = self.world.gold(self.world.heldout)
@@ -61,24 +72,47 @@ class Examiner:
 
     async def _scores(self, questions: Sequence[GoldQuestion], clusters: dict[str, Cluster]) -> list[float]:
         """Share of right answers to each question, over its samples."""
-        prompts = [await self._gold_prompt(question, clusters[question.question_id]) for question in questions]
+        prompts = await self._gold_prompts(questions, clusters)
         samples = self.config.test_samples
         request = SampleRequest(prompts=prompts, n=samples, params=self.config.answer_sampling)
         results = (await self.cast.policy.sample(request)).results
         replies = [[completion.text for completion in sampled.completions] for sampled in results]
-        return await best_scores(self.cast.verifier, questions, replies)
+        return await self._best_scores(questions, replies)
 
-    async def _gold_prompt(self, question: GoldQuestion, cluster: Cluster) -> Prompt:
-        """The question over its documents; a prompt over the limit loses the middle (SPELL appendix E.2)."""
-        shown = cluster.paragraphs
-        if self.config.text.gold_on_evidence and question.evidence:
-            shown = [shown[i] for i in question.evidence]
-        text = response_prompt(shown, question)
-        prompt = Prompt(messages=[ChatMessage(role="user", content=text)])
-        seed = derive_seed(self.config.seed, "test answers", question.id)
-        (tokens,) = (await self.cast.policy.tokenize(TokenizeRequest(prompts=[prompt]))).tokens
-        kept = without_middle(tokens.array, self.config.max_input_tokens)
-        return Prompt(tokens=kept, seed=seed, uid=question.id)
+    async def _gold_prompts(self, questions: Sequence[GoldQuestion], clusters: dict[str, Cluster]) -> list[Prompt]:
+        """The questions over their documents."""
+        prompts = []
+        for question in questions:
+            shown = clusters[question.question_id].paragraphs
+            if self.config.text.gold_on_evidence and question.evidence:
+                shown = [shown[i] for i in question.evidence]
+            message = ChatMessage(role="user", content=response_prompt(shown, question))
+            seed = derive_seed(self.config.seed, "test answers", question.id)
+            prompts.append(Prompt(messages=[message], seed=seed, uid=question.id))
+        return await shortened(self.cast.policy, prompts, self.config.max_input_tokens)
+
+    async def _best_scores(self, questions: Sequence[GoldQuestion], replies: Sequence[Sequence[str]]) -> list[float]:
+        """Share of right replies per question; a reply may match the answer or any of its aliases."""
+        items, owners = [], []
+        for q, (question, texts) in enumerate(zip(questions, replies, strict=True)):
+            for r, text in enumerate(texts):
+                for reference in (question.answer, *question.aliases):
+                    items.append(JudgeItem(uid=f"{q}/{r}", question=question, reply=text, reference=reference))
+                    owners.append((q, r))
+        best: dict[tuple[int, int], float] = defaultdict(float)
+        for owner, score in zip(owners, await self._match(items), strict=True):
+            best[owner] = max(best[owner], score)
+        return [float(np.mean([best[q, r] for r in range(len(texts))])) for q, texts in enumerate(replies)]
+
+    async def _match(self, items: list[JudgeItem]) -> list[float]:
+        """Whether answers match references: by the rule, or by the judge too if there is one (appendix E.2)."""
+        if self.judge is None:
+            judgements = (await self.cast.verifier.judge(JudgeRequest(items=items, votes=0))).judgements
+        else:
+            params = SamplingParams(max_tokens=self.config.vote_sampling.max_tokens, temperature=0.0)
+            request = JudgeRequest(items=items, votes=1, params=params)
+            judgements = (await self.judge.verifier.judge(request)).judgements
+        return [judgement.score for judgement in judgements]
 
     async def verifier_accuracy(self) -> dict[str, float]:
         """Share of votes that are right, over as many equal as different pairs of answers."""
@@ -111,7 +145,8 @@ class Examiner:
         wanted = self.config.audit.proposals
         rounds: list[Round] = []
         truths: list[bool] = []
-        while len(truths) < wanted and len(rounds) < 5 * wanted:
+        # Where no truth is to be had, more proposals would not bring any.
+        while len(truths) < wanted and len(rounds) < (5 * wanted if truths else wanted):
             clusters = source.draw(CALL, busy=set())
             uids = [f"audit-{len(rounds) + i}" for i in range(len(clusters))]
             fresh = await propose(self.cast, self.config, clusters, uids, seed, documents)
@@ -140,11 +175,14 @@ class Examiner:
             shown = [round_.cluster.paragraphs[i] for i in round_.proposal.evidence]
             text = response_prompt(shown, round_.proposal.as_question())
             seed = derive_seed(self.config.seed, "judge", round_.proposal.uid)
-            prompts.append(Prompt(messages=[ChatMessage(role="user", content=text)], seed=seed))
-        request = SampleRequest(
-            prompts=prompts, n=self.config.audit.judge_samples, params=self.config.answer_sampling
-        )
-        results: list[Sampled] = (await self.judge.sample(request)).results
+            prompts.append(
+                Prompt(messages=[ChatMessage(role="user", content=text)], seed=seed, uid=round_.proposal.uid)
+            )
+        context = (await self.judge.policy.info(Empty())).context_length
+        params = self.config.answer_sampling
+        prompts = await shortened(self.judge.policy, prompts, max(context // 2, context - params.max_tokens))
+        request = SampleRequest(prompts=prompts, n=self.config.audit.judge_samples, params=params)
+        results: list[Sampled] = (await self.judge.policy.sample(request)).results
         items = [
             JudgeItem(
                 uid=f"{round_.proposal.uid}/{i}",
@@ -155,26 +193,26 @@ class Examiner:
             for round_, sampled in zip(rounds, results, strict=True)
             for i, completion in enumerate(sampled.completions)
         ]
-        judgements = (await self.cast.verifier.judge(JudgeRequest(items=items, votes=0))).judgements
-        scores = np.array([judgement.rule_score for judgement in judgements]).reshape(len(rounds), -1)
+        scores = np.array(await self._match(items)).reshape(len(rounds), -1)
         return [bool(share > 0.5) for share in scores.mean(axis=1)]
 
 
-async def best_scores(
-    verifier: VerifierService, questions: Sequence[GoldQuestion], replies: Sequence[Sequence[str]]
-) -> list[float]:
-    """Share of right replies per question, by rule; a reply may match the answer or any of its aliases."""
-    items, owners = [], []
-    for q, (question, texts) in enumerate(zip(questions, replies, strict=True)):
-        for r, text in enumerate(texts):
-            for reference in (question.answer, *question.aliases):
-                items.append(JudgeItem(uid=f"{q}/{r}", question=question, reply=text, reference=reference))
-                owners.append((q, r))
-    judgements = (await verifier.judge(JudgeRequest(items=items, votes=0))).judgements
-    best: dict[tuple[int, int], float] = defaultdict(float)
-    for owner, judgement in zip(owners, judgements, strict=True):
-        best[owner] = max(best[owner], judgement.rule_score)
-    return [float(np.mean([best[q, r] for r in range(len(texts))])) for q, texts in enumerate(replies)]
+def pass_rates(shares: Sequence[float], samples: int) -> dict[str, float]:
+    """Mean pass@k of questions with a share of right samples each, for every power of two up to their number."""
+    powers = [2**i for i in range(1, samples.bit_length()) if shares]
+    return {
+        f"eval/pass_at_{k}": float(np.mean([pass_at_k(samples, round(share * samples), k) for share in shares]))
+        for k in powers
+    }
+
+
+async def shortened(policy: PolicyService, prompts: Sequence[Prompt], limit: int) -> list[Prompt]:
+    """The prompts as tokens; those over the limit lose their middle (SPELL appendix E.2)."""
+    tokens = (await policy.tokenize(TokenizeRequest(prompts=list(prompts)))).tokens
+    return [
+        Prompt(tokens=without_middle(ids.array, limit), seed=prompt.seed, uid=prompt.uid)
+        for prompt, ids in zip(prompts, tokens, strict=True)
+    ]
 
 
 def without_middle(tokens: np.ndarray, limit: int) -> np.ndarray:
@@ -185,13 +223,17 @@ def without_middle(tokens: np.ndarray, limit: int) -> np.ndarray:
     return np.concatenate([tokens[:head], tokens[len(tokens) - (limit - head) :]])
 
 
-def gate(metrics: dict[str, float], config: AuditConfig) -> str:
-    """Why a base must not be trained, or nothing. It must write enough right references (section 4)."""
-    if "audit/right" not in metrics or metrics["audit/right"] >= config.least_right:
+def gate(metrics: Mapping[str, float], config: Config) -> str:
+    """Why a base must not be trained, or nothing. It must write enough right references (section 4).
+
+    A run on gold questions is trained on none of its own references.
+    """
+    least = config.audit.least_right
+    if config.proposals == "gold" or metrics.get("audit/right", 1.0) >= least:
         return ""
     return (
         f"start gate: only {metrics['audit/right']:.0%} of {metrics['audit/audited']:.0f} audited reference answers"
-        f" are right, {config.least_right:.0%} are needed; such a base teaches itself its own mistakes. Fine-tune"
+        f" are right, {least:.0%} are needed; such a base teaches itself its own mistakes. Fine-tune"
         " the questioner's role first, or set audit.enforce=false to train regardless"
     )
 

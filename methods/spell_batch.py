@@ -55,6 +55,10 @@ class Batch:
         """The samples of one role."""
         return [sample for sample in self.samples if sample.role == role]
 
+    def counts(self) -> dict[tuple[Role, Task], int]:
+        """Samples per role and task."""
+        return Counter((sample.role, sample.task) for sample in self.samples)
+
 
 def assemble(rounds: Sequence[Round], config: Config, rng: np.random.Generator) -> Batch:
     """Choose and weigh the samples of one update."""
@@ -106,22 +110,19 @@ def questioner_samples(
     rewards = [round_.questioner_reward(config) for round_ in chosen]
     advantages = questioner_advantages(rewards, [round_.proposal.task for round_ in chosen])
     return [
-        _questioner_sample(round_, reward, advantage)
+        questioner_sample(round_, reward, advantage)
         for round_, reward, advantage in zip(chosen, rewards, advantages, strict=True)
     ]
 
 
-def _questioner_sample(round_: Round, reward: float, advantage: float) -> Sample:
+def questioner_sample(round_: Round, reward: float, advantage: float) -> Sample:
+    """A question as its writer is to learn from it. It must have been written."""
     proposal = round_.proposal
     assert proposal.prompt_tokens is not None and proposal.completion is not None
     facts = {
-        "question_id": proposal.question_id,
-        "data_source": round_.cluster.data_source,
-        "evidence": proposal.evidence,
+        **_facts(round_),
         "status": round_.fate,
         "reason": proposal.reason,
-        "question": proposal.question,
-        "reference": proposal.answer,
         "probe_hits": round_.probe_hits,
         "accuracy": round_.accuracy,
     }
@@ -145,7 +146,8 @@ def verifier_samples(rounds: Sequence[Round], good: int, config: Config, rng: np
         for judgement in round_.judgements
         if trains_verifier(judgement.majority, judgement.agree_share, judgement.rule_score, config.roles.agree_bounds)
     ]
-    count = int(good * config.group_size * config.roles.verifier_share / config.votes)
+    # The small term keeps a product such as 9.999999999999998 from losing a group.
+    count = int(good * config.group_size * config.roles.verifier_share / config.votes + 1e-9)
     if len(groups) < count:
         return []
     return [sample for group in pick(groups, count, rng) for sample in _vote_samples(*group)]
@@ -154,14 +156,7 @@ def verifier_samples(rounds: Sequence[Round], good: int, config: Config, rng: np
 def _vote_samples(round_: Round, judgement: Judgement) -> list[Sample]:
     assert judgement.majority is not None and judgement.prompt_tokens is not None
     rewards = verifier_rewards(judgement.votes, judgement.majority)
-    facts = {
-        "question_id": round_.proposal.question_id,
-        "data_source": round_.cluster.data_source,
-        "question": round_.proposal.question,
-        "reference": round_.proposal.answer,
-        "pred": judgement.parsed,
-        "rule_score": judgement.rule_score,
-    }
+    facts = _answer_facts(round_, judgement)
     return [
         Sample(
             "verifier",
@@ -179,13 +174,23 @@ def _vote_samples(round_: Round, judgement: Judgement) -> list[Sample]:
     ]
 
 
+def _facts(round_: Round) -> dict[str, Any]:
+    """What is known of a question, under the reference's names where it has one."""
+    proposal = round_.proposal
+    return {
+        "question_id": proposal.question_id,
+        "data_source": round_.cluster.data_source,
+        "evidence": proposal.evidence,
+        "question": proposal.question,
+        "options": proposal.options or None,
+        "reference": proposal.answer,
+        "reward_model": {"style": "rule", "ground_truth": proposal.answer},
+    }
+
+
 def _answer_facts(round_: Round, judgement: Judgement) -> dict[str, Any]:
     return {
-        "question_id": round_.proposal.question_id,
-        "data_source": round_.cluster.data_source,
-        "evidence": round_.proposal.evidence,
-        "question": round_.proposal.question,
-        "reference": round_.proposal.answer,
+        **_facts(round_),
         "pred": judgement.parsed,
         "rule_score": judgement.rule_score,
         "llm_score": judgement.majority,
@@ -194,8 +199,12 @@ def _answer_facts(round_: Round, judgement: Judgement) -> dict[str, Any]:
 
 
 def train_rows(samples: Iterable[Sample], per_role: bool) -> list[TrainRow]:
-    """Training rows: the advantage of a sample on each of its sampled tokens."""
-    return [_train_row(sample, sample.role if per_role else "policy") for sample in samples]
+    """Training rows: the advantage of a sample on each of its sampled tokens; none for one without tokens."""
+    return [
+        _train_row(sample, sample.role if per_role else "policy")
+        for sample in samples
+        if len(sample.completion.tokens)
+    ]
 
 
 def _train_row(sample: Sample, term: str) -> TrainRow:
@@ -224,7 +233,9 @@ def _weighted(loss: GRPOLoss, weight: float) -> GRPOLoss:
 
 def dump_row(sample: Sample, prompt_text: str) -> dict[str, Any]:
     """A row of samples.jsonl, named as in the reference's rollout dump. `entropy` is its sampled estimate."""
+    logprobs = sample.completion.logprobs.array
     return {
+        **dict.fromkeys(("rule_score", "llm_score", "pred", "self_verification")),
         "role": sample.role,
         "uid": sample.uid,
         "task": sample.task,
@@ -233,7 +244,7 @@ def dump_row(sample: Sample, prompt_text: str) -> dict[str, Any]:
         "reward": sample.reward,
         "advantage": round(sample.advantage, 6),
         "score": sample.reward,
-        "entropy": round(-float(sample.completion.logprobs.array.mean()), 6),
+        "entropy": round(-float(logprobs.mean()), 6) if logprobs.size else None,
         "finish_reason": sample.completion.finish_reason,
         **sample.facts,
     }

@@ -8,6 +8,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from cluster.config import MethodConfig
+from cluster.configure import merged
 from methods.spell_maths import Combine, Shape
 from methods.worlds.text import TextConfig
 from protocols.losses import GRPOLoss
@@ -65,6 +66,13 @@ class GroundingConfig(Message):
     choice_hits: int = Field(default=3, ge=1)
     """Right answers that reject a multiple choice question (3 of 4 by luck: 5.1 %)."""
 
+    @model_validator(mode="after")
+    def _can_reject(self) -> Self:
+        for name in ("open_hits", "choice_hits"):
+            if getattr(self, name) > self.attempts:
+                raise ValueError(f"{name} is {getattr(self, name)}, but there are only {self.attempts} attempts")
+        return self
+
     def thresholds(self) -> dict[Task, int]:
         """Hits that reject a question, by task."""
         return {Task.GENERAL: self.open_hits, Task.MATH: self.open_hits, Task.CHOICE: self.choice_hits}
@@ -80,7 +88,7 @@ class RoleConfig(Message):
     verifier: bool = True
     """Train on votes."""
     weights: dict[Literal["questioner", "responder", "verifier"], float] | None = None
-    """Null: one token mean over all roles. Else a mean per role, times its weight."""
+    """Null: one token mean over all roles. Else a mean per role, times its weight; 0 for a role without one."""
     negatives_ratio: float = Field(default=1.0, ge=0)
     """Rejected proposals trained on per good question."""
     verifier_share: float = Field(default=0.125, ge=0)
@@ -182,6 +190,15 @@ class Config(MethodConfig):
     dump_questions: int = Field(default=8, ge=0)
     """Questions per step whose samples go to samples.jsonl, with prompts, answers and votes; 0: none."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _over_defaults(cls, given: Any) -> Any:
+        """A part that is given leaves the rest of its field's default: `loss.kl_coef=0.1` keeps the temperature."""
+        if not isinstance(given, Mapping):
+            return given
+        defaults = {name: _as_mapping(field.default) for name, field in cls.model_fields.items() if name in given}
+        return merged({name: default for name, default in defaults.items() if default is not None}, given)
+
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         sampling = (self.question_sampling, self.answer_sampling, self.vote_sampling)
@@ -190,6 +207,8 @@ class Config(MethodConfig):
                 raise ValueError(
                     f"sampling at temperature {params.temperature} and a loss at {self.loss.temperature} differ"
                 )
+        if min(self.task_weights.values(), default=0.0) < 0 or not any(self.task_weights.values()):
+            raise ValueError("task_weights: expected weights of 0 or more, not all 0")
         if self.policy.trainer is None:
             raise ValueError("policy.trainer is null, but SPELL trains its policy")
         if self.world == "text" and not self.text.documents:
@@ -197,6 +216,34 @@ class Config(MethodConfig):
                 "documents: expected a file or folder of .txt, .md or .jsonl (or world=ledger for the built-in world)"
             )
         return self
+
+
+def _as_mapping(default: Any) -> Mapping[str, Any] | None:
+    if isinstance(default, Message):
+        return default.model_dump()
+    return default if isinstance(default, Mapping) else None
+
+
+def fitted(config: Config, context_length: int) -> Config:
+    """The configuration with lengths that the model can take.
+
+    Each role keeps room for what it writes, and a question with an answer and its reference fits a verdict prompt.
+    """
+    longest = max(1, context_length * 3 // 8)
+    questions, answers, votes = (
+        params.model_copy(update={"max_tokens": min(params.max_tokens, longest)})
+        for params in (config.question_sampling, config.answer_sampling, config.vote_sampling)
+    )
+    most = min(config.questioner.max_prompt_tokens, context_length - questions.max_tokens)
+    return config.model_copy(
+        update={
+            "question_sampling": questions,
+            "answer_sampling": answers,
+            "vote_sampling": votes,
+            "questioner": config.questioner.model_copy(update={"max_prompt_tokens": most}),
+            "max_input_tokens": min(config.max_input_tokens, context_length - answers.max_tokens),
+        }
+    )
 
 
 def preset(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import numpy as np
 from cluster.steps import Step
 from cluster.summary import Summary, SummaryRow
 from methods.spell_audit import gate
-from methods.spell_batch import ROLES, Batch, Sample, dump_row
+from methods.spell_batch import ROLES, Batch, Sample, dump_row, questioner_sample
 from methods.spell_config import Config
 from methods.spell_rounds import Fate, Round
 from methods.worlds.world import World
@@ -35,6 +35,7 @@ def log_rounds(step: Step, rounds: Sequence[Round], batch: Batch, starved: bool,
     }
     metrics |= {f"fate/{fate.value}": fates[fate] / max(1, len(rounds)) for fate in Fate}
     metrics |= {f"batch/{role}": len(batch.of(role)) for role in ROLES}
+    metrics |= {f"batch/{role}_{task}": n for (role, task), n in batch.counts().items()}
     for role in ROLES:
         metrics |= _mean(f"reward/{role}", [sample.reward for sample in batch.of(role)])
     # The responder's reward over all questions that were answered, not only over those that teach.
@@ -99,9 +100,17 @@ def _mean(name: str, values: Sequence[float]) -> dict[str, float]:
     return {name: float(np.mean(values))} if values else {}
 
 
-async def log_samples(step: Step, batch: Batch, config: Config, policy: PolicyService) -> None:
-    """Whole groups of the first questions of the batch: question, answers and votes, with their prompts."""
+async def log_samples(
+    step: Step, rounds: Sequence[Round], batch: Batch, config: Config, policy: PolicyService
+) -> None:
+    """Whole groups of the first questions of the batch: question, answers and votes, with their prompts.
+
+    Where nothing can be learned from, what the questioner wrote, so that one can see why.
+    """
     chosen = dumped(batch, config.dump_questions)
+    if not batch.samples:
+        written = [round_ for round_ in rounds if round_.proposal.completion][: config.dump_questions]
+        chosen = [questioner_sample(round_, round_.questioner_reward(config), 0.0) for round_ in written]
     if not chosen:
         return
     request = DetokenizeRequest(tokens=[sample.prompt_tokens for sample in chosen])
@@ -126,13 +135,19 @@ def summary(rows: Sequence[Mapping[str, float]], world: World, config: Config, f
     notes = [finished] if finished else []
     notes += world.notes()
     base = dict(rows[0]) if rows else {}
-    warning = gate(base, config.audit)
+    warning = gate(base, config)
     if warning and warning != finished:
         notes.append(f"not enforced: {warning}")
     if not base.get("audit/audited"):
         notes.append(
             "No reference could be audited: neither truth nor a judge (audit.judge=) is at hand, so the start gate"
             " was open. Loop reward alone does not show learning."
+        )
+    if _mostly_overlong(rows):
+        notes.append(
+            "Most questions could not be asked: their prompts exceed the model's context or"
+            f" max_input_tokens={config.max_input_tokens}. text.passage_words and text.cluster_size make clusters"
+            " shorter."
         )
     measures = {
         "gold accuracy, held out": "eval/gold",
@@ -147,6 +162,11 @@ def summary(rows: Sequence[Mapping[str, float]], world: World, config: Config, f
     lines = [_before_after(label, name, rows) for label, name in measures.items()]
     title = f"SPELL on {'the fact ledger' if config.world == 'ledger' else config.text.documents}"
     return Summary(title=title, rows=[line for line in lines if line], notes=notes, panels=PANELS)
+
+
+def _mostly_overlong(rows: Sequence[Mapping[str, float]]) -> bool:
+    shares = [row["fate/overlong"] for row in rows if "fate/overlong" in row]
+    return bool(shares) and float(np.mean(shares)) > 0.5
 
 
 def _before_after(label: str, name: str, rows: Sequence[Mapping[str, float]]) -> SummaryRow | None:

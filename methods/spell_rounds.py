@@ -15,6 +15,7 @@ from methods.spell_maths import (
     responder_reward,
     vote_value,
 )
+from protocols.errors import BadInput
 from protocols.messages import ChatMessage, Prompt
 from protocols.policy import PolicyService, Sampled, SampleRequest, TokenizeRequest
 from protocols.prompts import response_prompt
@@ -59,7 +60,6 @@ class Round:
     fate: Fate | None = None
     probe_hits: int = 0
     probe_tokens: int = 0
-    prompt_text: str = ""
     answers: Sampled | None = None
     judgements: list[Judgement] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
@@ -83,6 +83,8 @@ class Round:
             return rewards.bad_format
         if self.fate in (Fate.BAD_GROUND, Fate.UNSUPPORTED):
             return rewards.ungrounded
+        if self.fate is not Fate.GOOD:
+            return 0.0
         return questioner_reward(self.accuracy, rewards.shape, rewards.mu, rewards.sigma)
 
 
@@ -163,8 +165,8 @@ async def _answer(cast: Cast, config: Config, rounds: list[Round], seed: int) ->
     """Ask over ALL documents of the cluster, G times; prompts over the limit are left out and counted."""
     prompts = []
     for round_ in rounds:
-        round_.prompt_text = response_prompt(round_.cluster.paragraphs, round_.proposal.as_question())
-        message = ChatMessage(role="user", content=round_.prompt_text)
+        text = response_prompt(round_.cluster.paragraphs, round_.proposal.as_question())
+        message = ChatMessage(role="user", content=text)
         uid = round_.proposal.uid
         prompts.append(Prompt(messages=[message], seed=derive_seed(seed, "answer", uid), uid=uid))
     lengths = await _lengths(cast.policy, prompts)
@@ -233,26 +235,40 @@ def answer_reward(judgement: Judgement, config: Config) -> float:
 
 
 class ClusterSource:
-    """Deals out clusters: tasks by weight, each task's clusters in a fresh random order every epoch."""
+    """Deals out clusters: tasks by weight, each task's clusters in a fresh random order every epoch.
+
+    Raises BadInput if no cluster serves a task with a weight.
+    """
 
     def __init__(
         self, clusters: Sequence[Cluster], weights: dict[Task, float], seed: int, drawn: dict[str, int]
     ) -> None:
-        self._by_task = {task: [c for c in clusters if c.task is task] for task in Task}
-        self._weights = {t: weights.get(t, 0.0) for t, own in self._by_task.items() if own}
+        by_task = {task: [c for c in clusters if c.task is task] for task in Task if weights.get(task, 0.0) > 0}
+        self._by_task = {task: own for task, own in by_task.items() if own}
+        if not self._by_task:
+            served = ", ".join(sorted({cluster.task for cluster in clusters})) or "no task"
+            raise BadInput(f"task_weights: the clusters to learn from serve {served}, which has no weight")
+        self._weights = weights
         self._seed = seed
         # Shared with the loop's state, so that a continued run goes on where it was.
         self._drawn = drawn
 
     def draw(self, count: int, busy: set[str]) -> list[Cluster]:
-        """The next clusters, up to `count`. A cluster that is busy is waited for: its memory is in use."""
+        """The next clusters, up to `count`.
+
+        A cluster that is busy is waited for, since its memory is in use; meanwhile the other tasks go on, and
+        its own catches up later.
+        """
         dealt: list[Cluster] = []
-        while len(dealt) < count:
-            task = min(self._weights, key=lambda t: ((self._drawn.get(t, 0) + 1) / (self._weights[t] or 1e-9), t))
+        taken, ready = set(busy), set(self._by_task)
+        while len(dealt) < count and ready:
+            task = min(ready, key=lambda t: ((self._drawn.get(t, 0) + 1) / self._weights[t], t))
             cluster = self._next(task)
-            if cluster.question_id in busy or cluster in dealt:
-                break
+            if cluster.question_id in taken:
+                ready.remove(task)
+                continue
             dealt.append(cluster)
+            taken.add(cluster.question_id)
             self._drawn[task] = self._drawn.get(task, 0) + 1
         return dealt
 

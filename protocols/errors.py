@@ -78,4 +78,7 @@ def _describe_one(item: dict[str, object]) -> str:
     if item["type"] == "extra_forbidden":
         return f"{path}: unknown field"
     message = str(item["msg"]).removeprefix("Value error, ")
+    if not path and item["type"] == "value_error":
+        # Of a rule over several fields, which its text names; the whole input would bury them.
+        return message
     return f"{path or 'value'}: got {shown}; {message[:1].lower() + message[1:]}"

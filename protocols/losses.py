@@ -22,12 +22,14 @@ class SFTLoss(LossBase):
     """Cross entropy of the row's own tokens: the weighted mean of -log p."""
 
     type: Literal["sft"] = "sft"
+    """Which loss this is."""
 
 
 class GRPOLoss(LossBase):
     """Clipped policy gradient with per-token advantages (SPELL eq. 12; PPO clip, dual clip, k3 KL)."""
 
     type: Literal["grpo"] = "grpo"
+    """Which loss this is."""
     clip_low: float = Field(default=0.2, ge=0.0, le=1.0)
     """The ratio is clipped below at 1 - clip_low."""
     clip_high: float = Field(default=0.2, ge=0.0)

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
+from protocols.errors import BadInput
+
 GROWTH = 64
 
 
@@ -69,6 +71,20 @@ class RowLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no types
 def new_cache() -> Cache:
     """An empty cache for any number of layers."""
     return Cache(layer_class_to_replicate=RowLayer)
+
+
+def check_cache(model: Any) -> None:
+    """Feed one token. Raises BadInput unless all that the model remembers of it is in a cache of this kind."""
+    cache = new_cache()
+    token = torch.zeros((1, 1), dtype=torch.int64, device=model.device)
+    refusal = f"model: cannot sample from {model.config.model_type!r} models: they remember more than keys and values"
+    try:
+        with torch.inference_mode():
+            model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
+        raise BadInput(refusal) from error
+    if not cache.layers or any(layer.get_seq_length() != 1 for layer in cache.layers):
+        raise BadInput(refusal)
 
 
 def join_caches(caches: Sequence[Cache]) -> Cache:

@@ -1,5 +1,6 @@
 """From prompts to tokens."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -30,24 +31,65 @@ def encode(prompt: Prompt, tokenizer: Any) -> NDArray[np.int32]:
 
 
 class TextTail:
-    """Turns tokens into text as they come, holding back characters that are still incomplete."""
+    """Turns tokens into text as they come, up to the first stop text.
 
-    def __init__(self, tokenizer: Any) -> None:
+    What may still change is held back: incomplete characters, and what may be the beginning of a stop text.
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
+        self._stop = stop
         self._tokens: list[int] = []
-        self._start = 0
-        self._shown = 0
+        # Tokens from `_start` on are decoded together; `_seen` characters of that are in `text` already.
+        self._start = self._seen = self._decoded = 0
+        self._given = 0
+        self.text = ""
+        self.stopped = False
 
     def push(self, token: int) -> str:
-        """The text that the token adds; empty while it only begins a character."""
+        """The text that the token adds; empty while it only begins a character or a stop text."""
         self._tokens.append(token)
-        before = self._decode(self._start, self._shown)
-        now = self._decode(self._start, len(self._tokens))
-        if now.endswith("�"):
-            return ""
-        # Decoding from a little before the new token keeps the blanks that decoders put between tokens.
-        self._start, self._shown = self._shown, len(self._tokens)
-        return now[len(before) :]
+        self._extend(self._next_characters())
+        return self._give(len(self.text) if self.stopped else len(self.text) - self._doubtful())
+
+    def finish(self) -> str:
+        """The text that was held back, when no token follows."""
+        if not self.stopped:
+            self._extend(self._decode(self._start, len(self._tokens))[self._seen :])
+        return self._give(len(self.text))
+
+    def _next_characters(self) -> str:
+        window = self._decode(self._start, len(self._tokens))
+        # Not only the last sign: some decoders write one per byte of an incomplete character.
+        whole = window.rstrip("\N{REPLACEMENT CHARACTER}")
+        added = whole[self._seen :]
+        self._seen += len(added)
+        if added and whole == window:
+            # Decoding from a little before the next token keeps the blanks that decoders put between tokens.
+            self._start, self._decoded = self._decoded, len(self._tokens)
+            self._seen = len(self._decode(self._start, self._decoded))
+        return added
+
+    def _extend(self, added: str) -> None:
+        """Append characters and cut before the first stop text that they complete."""
+        before = len(self.text)
+        self.text += added
+        found = [self.text.find(stop, max(0, before - len(stop) + 1)) for stop in self._stop]
+        cuts = [place for place in found if place >= 0]
+        if cuts:
+            self.text, self.stopped = self.text[: min(cuts)], True
+
+    def _doubtful(self) -> int:
+        """Length of the longest end of the text that begins a stop text."""
+        longest = max(map(len, self._stop), default=1) - 1
+        for size in range(min(longest, len(self.text)), 0, -1):
+            if any(stop.startswith(self.text[-size:]) for stop in self._stop):
+                return size
+        return 0
+
+    def _give(self, end: int) -> str:
+        given, self._given = self.text[self._given : end], max(self._given, end)
+        return given
 
     def _decode(self, start: int, end: int) -> str:
         text: str = self._tokenizer.decode(self._tokens[start:end], skip_special_tokens=True)

@@ -6,6 +6,9 @@ from numpy.typing import NDArray
 
 from protocols.messages import SamplingParams
 
+SORTED_FIRST = 1024
+"""Top-p sorts so many tokens; only rows whose top-p set is larger have their whole vocabulary sorted."""
+
 
 def next_tokens(
     logits_RV: torch.Tensor, uniforms_R: torch.Tensor, params: SamplingParams
@@ -23,30 +26,46 @@ def next_tokens(
         if params.top_p < 1 or params.top_k:
             tokens_R = _draw_from_top(logprobs_RV, uniforms_R, params)
         else:
-            tokens_R = _invert(logprobs_RV.double().exp(), uniforms_R)
+            tokens_R = _invert(logprobs_RV.exp(), uniforms_R)
     return tokens_R, logprobs_RV.gather(-1, tokens_R.unsqueeze(-1)).squeeze(-1)
 
 
 def _draw_from_top(logprobs_RV: torch.Tensor, uniforms_R: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     """Draw from the most likely tokens: top-k first, then the smallest set that reaches top-p."""
-    width = params.top_k or logprobs_RV.shape[-1]
-    sorted_RK, order_RK = logprobs_RV.topk(min(width, logprobs_RV.shape[-1]), dim=-1)
+    vocabulary = logprobs_RV.shape[-1]
+    width = min(params.top_k or SORTED_FIRST, vocabulary)
+    tokens_R, mass_R = _draw_from_best(logprobs_RV, uniforms_R, params, width)
+    if params.top_k or width == vocabulary:
+        return tokens_R
+    short = (mass_R < params.top_p).nonzero().squeeze(-1)
+    if short.numel():
+        tokens_R[short] = _draw_from_best(logprobs_RV[short], uniforms_R[short], params, vocabulary)[0]
+    return tokens_R
+
+
+def _draw_from_best(
+    logprobs_RV: torch.Tensor, uniforms_R: torch.Tensor, params: SamplingParams, width: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw from the top-p part of the `width` most likely tokens; also the probability of all of these."""
+    sorted_RK, order_RK = logprobs_RV.topk(width, dim=-1)
     probs_RK = sorted_RK.double().exp()
-    probs_RK = probs_RK / probs_RK.sum(-1, keepdim=True)
-    before_RK = probs_RK.cumsum(-1) - probs_RK
-    kept_RK = torch.where(before_RK < params.top_p, probs_RK, 0.0)
+    if params.top_k:
+        probs_RK = probs_RK / probs_RK.sum(-1, keepdim=True)
+    reached_RK = probs_RK.cumsum(-1)
+    kept_RK = torch.where(reached_RK - probs_RK < params.top_p, probs_RK, 0.0)
     chosen_R = _invert(kept_RK, uniforms_R)
-    return order_RK.gather(-1, chosen_R.unsqueeze(-1)).squeeze(-1)
+    return order_RK.gather(-1, chosen_R.unsqueeze(-1)).squeeze(-1), reached_RK[:, -1]
 
 
 def _invert(weights_RK: torch.Tensor, uniforms_R: torch.Tensor) -> torch.Tensor:
     """Index of the first entry whose cumulative weight exceeds the uniform share of the total."""
-    cumulative_RK = weights_RK.cumsum(-1)
-    threshold_R = uniforms_R.to(cumulative_RK) * cumulative_RK[:, -1]
-    index_R = torch.searchsorted(cumulative_RK, threshold_R.unsqueeze(-1), right=True).squeeze(-1)
-    # Rounding may put the threshold on the total itself; the last entry with weight is meant.
-    last_R = (weights_RK > 0).long().cumsum(-1).argmax(-1)
-    return torch.minimum(index_R, last_R)
+    cumulative_RK = weights_RK.cumsum(-1, dtype=torch.float64)
+    total_R = cumulative_RK[:, -1]
+    # Rounding may put the share on the total itself; then the last entry with weight is meant.
+    share_R = torch.minimum(uniforms_R.double() * total_R, total_R.nextafter(torch.zeros_like(total_R)))
+    index_R = torch.searchsorted(cumulative_RK, share_R.unsqueeze(-1), right=True).squeeze(-1)
+    # NaN is found nowhere; the index must stay valid until somebody looks at the log-prob.
+    return index_R.clamp(max=weights_RK.shape[-1] - 1)
 
 
 class Uniforms:

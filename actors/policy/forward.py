@@ -27,15 +27,24 @@ def logits_of(
     return output.logits.float(), tokens_BT[:, torch.from_numpy(positions_K).to(device)], positions_K
 
 
+def log_softmax(logits_BKV: torch.Tensor, temperature: float) -> torch.Tensor:
+    """log softmax(logits / temperature)."""
+    return torch.log_softmax(logits_BKV / temperature if temperature != 1 else logits_BKV, dim=-1)
+
+
+def at_targets(values_BKV: torch.Tensor, targets_BK: torch.Tensor) -> torch.Tensor:
+    """The targets' entries, float32[B, K]."""
+    return values_BKV.gather(-1, targets_BK.unsqueeze(-1)).squeeze(-1)
+
+
 def logprobs_and_entropy(
-    logits_BKV: torch.Tensor, targets_BK: torch.Tensor, temperature: float, entropy_gradient: bool = False
+    logits_BKV: torch.Tensor, targets_BK: torch.Tensor, temperature: float, *, entropy_gradient: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """log softmax(logits / temperature) at the targets, and the entropy in nats, float32[B, K] each."""
-    all_BKV = torch.log_softmax(logits_BKV / temperature if temperature != 1 else logits_BKV, dim=-1)
-    logprobs_BK = all_BKV.gather(-1, targets_BK.unsqueeze(-1)).squeeze(-1)
+    all_BKV = log_softmax(logits_BKV, temperature)
     with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
         entropy_BK = -(all_BKV.exp() * all_BKV).sum(-1)
-    return logprobs_BK, entropy_BK
+    return at_targets(all_BKV, targets_BK), entropy_BK
 
 
 @torch.no_grad()
@@ -50,7 +59,7 @@ def score(
         if width < 2:
             continue
         logits, targets, _ = logits_of(model, chosen, np.ones((len(chosen), width), np.bool_))
-        logprobs_BK = logprobs_and_entropy(logits, targets, temperature)[0].cpu().numpy()
+        logprobs_BK = at_targets(log_softmax(logits, temperature), targets).cpu().numpy()
         for i, logprobs_K in zip(group, logprobs_BK, strict=True):
             results[i][1:] = logprobs_K[: len(rows[i]) - 1]
     return results

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import file_exists, try_to_load_from_cache
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -14,6 +16,9 @@ from protocols.policy import LoRAConfig, PolicyConfig
 
 # A run has its own display; bars of every save and load would tear it.
 transformers_logging.disable_progress_bar()
+
+UNREADABLE = (OSError, ValueError, RuntimeError, SafetensorError)
+"""What transformers raises for a model that is missing, damaged, or does not fit its configuration."""
 
 EMBEDDED = Path(__file__).parent / "embedded"
 
@@ -29,6 +34,11 @@ class Loaded:
     trainable: bool
 
     @property
+    def vocab_size(self) -> int:
+        """Size of the output distribution."""
+        return int(self.model.config.get_text_config().vocab_size)
+
+    @property
     def pad_token_id(self) -> int:
         """Any valid token: padded places are masked."""
         return int(self.tokenizer.pad_token_id or 0)
@@ -36,21 +46,31 @@ class Loaded:
 
 def load(config: PolicyConfig) -> Loaded:
     """Load the model of a policy onto its device. Raises BadInput when there is no such model."""
+    device = device_of(config.device)
     source = resolve(config.model)
     trainable = config.trainer is not None
     frozen_half = config.dtype == "bfloat16" and not trainable
     dtype = torch.bfloat16 if frozen_half else torch.float32
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = _random_model(source, config.seed, dtype) if config.init == "random" else None
-        model = model or AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    except (OSError, ValueError) as error:
+        model = _random_model(source, config.seed, dtype) if config.init == "random" else pretrained(source, dtype)
+    except UNREADABLE as error:
         raise BadInput(f"model: cannot load {config.model!r}: {_first_line(error)}") from error
     if config.lora is not None and trainable:
         model = _with_adapter(model, config.lora, config.seed)
-    model.requires_grad_(trainable) if config.lora is None else None
-    model.to(device_of(config.device)).eval()
+    else:
+        model.requires_grad_(trainable)
+    model.to(device).eval()
     return Loaded(model, tokenizer, _eos_ids(model, tokenizer), _context_length(model), trainable)
+
+
+def pretrained(source: str | Path, dtype: torch.dtype) -> Any:
+    """A model with all of its weights (transformers makes up what is missing). Raises one of UNREADABLE."""
+    model, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(f"{len(missing)} weights are missing, the first is {missing[0]}")
+    return model
 
 
 def resolve(model: str) -> str:
@@ -67,17 +87,31 @@ def resolve(model: str) -> str:
             f"model: {model!r} does not exist; expected `embedded`, a folder with a Hugging Face model, or a hub"
             " name such as Qwen/Qwen2.5-0.5B-Instruct"
         )
+    _ask_hub(model)
     return model
 
 
-def device_of(name: str) -> torch.device:
-    """The torch device of a name; `auto` is CUDA if there is one. Raises BadInput for an unknown device."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def _ask_hub(name: str) -> None:
+    """Ask once whether the hub has a model; its library would retry for a minute without a network."""
     try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise BadInput(f"device: {name!r} is not a torch device such as cpu or cuda:0") from error
+        found = isinstance(try_to_load_from_cache(name, "config.json"), str) or file_exists(name, "config.json")
+    except Exception as error:
+        raise BadInput(f"model: {name!r} is no folder, and the hub cannot be asked: {_first_line(error)}") from error
+    if not found:
+        raise BadInput(f"model: {name!r} is neither a folder nor a model on the hub that can be read from here")
+
+
+def device_of(name: str) -> torch.device:
+    """The torch device of a name; `auto` is CUDA if there is one. Raises BadInput if it cannot be used."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput(
+            f"device: {name!r} is no device of this machine; expected auto, cpu, or such as cuda:0"
+            f" ({_first_line(error)})"
+        ) from error
 
 
 def _random_model(source: str, seed: int, dtype: torch.dtype) -> Any:
@@ -99,7 +133,10 @@ def _with_adapter(model: Any, config: LoRAConfig, seed: int) -> Any:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return get_peft_model(model, adapter)
+        try:
+            return get_peft_model(model, adapter)
+        except ValueError as error:
+            raise BadInput(f"lora.target_modules: got {names!r}; {_first_line(error)}") from error
 
 
 def _eos_ids(model: Any, tokenizer: Any) -> list[int]:

@@ -78,4 +78,4 @@ def grpo(spec: GRPOLoss, batch: TokenBatch) -> TokenLoss:
 def k3(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
     """The k3 estimate of KL(policy, reference) per token: exp(d) - d - 1 with d = reference - policy."""
     difference = reference_logprobs - logprobs
-    return difference.exp() - difference - 1
+    return difference.expm1() - difference

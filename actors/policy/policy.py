@@ -12,16 +12,18 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from actors.actor import Actor
 from actors.policy import forward
+from actors.policy.cache import check_cache
 from actors.policy.chat import encode
 from actors.policy.loading import Loaded, load
 from actors.policy.torch_trainer import TorchTrainer
-from actors.policy.transformers_sampler import EncodedPrompt, Row, TransformersSampler
+from actors.policy.transformers_sampler import EncodedPrompt, OnToken, Row, TransformersSampler
 from actors.policy.weights import read_weights, write_model
 from protocols.errors import BadInput, Stale
-from protocols.messages import Prompt
+from protocols.messages import Completion, Prompt
 from protocols.policy import (
     DetokenizeRequest,
     DetokenizeResponse,
@@ -61,6 +63,7 @@ class PolicyActor(Actor, PolicyService):
         self._loaded: Loaded
         self._sampler: TransformersSampler
         self._trainer: TorchTrainer | None = None
+        self._closing = False
 
     async def setup(self) -> None:
         """Load the model. Raises BadInput when there is none or the configuration does not fit it."""
@@ -69,13 +72,18 @@ class PolicyActor(Actor, PolicyService):
     def _load(self) -> None:
         torch.set_num_threads(self._config.threads or len(os.sched_getaffinity(0)))
         self._loaded = load(self._config)
+        check_cache(self._loaded.model)
         self._sampler = TransformersSampler(self._loaded, self._config.sampler)
         if self._config.trainer is not None:
-            self._trainer = TorchTrainer(self._loaded.model, self._config.trainer, autocast=self._autocast)
+            self._trainer = TorchTrainer(
+                self._loaded.model, self._config.trainer, seed=self._config.seed, autocast=self._autocast
+            )
 
     async def close(self) -> None:
-        """Stop the worker thread."""
-        self._worker.shutdown(wait=True, cancel_futures=True)
+        """Stop the worker thread; samples that are still running end early."""
+        await super().close()
+        self._closing = True
+        await asyncio.to_thread(self._worker.shutdown, wait=True, cancel_futures=True)
 
     @property
     def version(self) -> int:
@@ -93,7 +101,7 @@ class PolicyActor(Actor, PolicyService):
             model=self._config.model,
             parameters=sum(p.numel() for p in parameters),
             trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),
-            vocab_size=self._loaded.model.config.get_text_config().vocab_size,
+            vocab_size=self._loaded.vocab_size,
             context_length=self._loaded.context_length,
             eos_token_ids=self._loaded.eos_token_ids,
             version=self.version,
@@ -105,14 +113,16 @@ class PolicyActor(Actor, PolicyService):
 
     async def detokenize(self, request: DetokenizeRequest) -> DetokenizeResponse:
         """Text of token ids."""
+        for i, ids in enumerate(request.tokens):
+            self._check_ids(ids.array, f"tokens[{i}]")
         return DetokenizeResponse(texts=[self._loaded.tokenizer.decode(t.array) for t in request.tokens])
 
     async def sample(self, request: SampleRequest) -> SampleResponse:
         """Complete prompts; the whole call is one batch."""
-        prompts = [self._encoded(prompt) for prompt in request.prompts]
+        prompts = self._encoded(request)
         stop = threading.Event()
         try:
-            completions = await self._run(lambda: self._sample(prompts, request, cancelled=stop.is_set))
+            completions = await self._run(lambda: self._sample(prompts, request, stop))
         finally:
             stop.set()
         results = [
@@ -123,16 +133,14 @@ class PolicyActor(Actor, PolicyService):
 
     async def stream(self, request: SampleRequest) -> AsyncIterator[SampleDelta]:
         """Complete prompts, yielding every token as it is sampled."""
-        prompts = [self._encoded(prompt) for prompt in request.prompts]
+        prompts = self._encoded(request)
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[SampleDelta | None]()
         stop = threading.Event()
 
         def on_token(row: Row, text: str) -> None:
             loop.call_soon_threadsafe(queue.put_nowait, _delta(row, text, self.version))
 
-        work = asyncio.ensure_future(
-            self._run(lambda: self._sample(prompts, request, on_token=on_token, cancelled=stop.is_set))
-        )
+        work = asyncio.ensure_future(self._run(lambda: self._sample(prompts, request, stop, on_token)))
         work.add_done_callback(lambda _: queue.put_nowait(None))
         try:
             while (delta := await queue.get()) is not None:
@@ -140,12 +148,13 @@ class PolicyActor(Actor, PolicyService):
             await work
         finally:
             stop.set()
+            work.cancel()
 
     async def score(self, request: ScoreRequest) -> ScoreResponse:
         """Log-probs of every token of the sequences."""
         rows = [sequence.array for sequence in request.sequences]
         for i, row in enumerate(rows):
-            self._check_length(len(row), 1, f"sequences[{i}]")
+            self._check_tokens(row, f"sequences[{i}]")
         budget = (self._config.trainer or TrainerConfig()).micro_batch_tokens
         with_dtype = self._in_context(lambda: forward.score(self._loaded.model, rows, request.temperature, budget))
         logprobs = await self._run(with_dtype)
@@ -155,7 +164,7 @@ class PolicyActor(Actor, PolicyService):
         """Add the gradient of the batch loss to what is accumulated."""
         trainer = self._need_trainer("forward_backward")
         for row in request.rows:
-            self._check_length(len(row.tokens), 2, f"row {row.row_id!r}")
+            self._check_tokens(row.tokens.array, f"row {row.row_id!r}")
         return await self._run(lambda: trainer.forward_backward(request))
 
     async def optim_step(self, request: OptimStepRequest) -> OptimStepResponse:
@@ -183,13 +192,26 @@ class PolicyActor(Actor, PolicyService):
 
     def _load_from(self, directory: Path, training_state: bool) -> CheckpointResponse:
         read_weights(self._loaded, directory)
+        # Gradients of the weights that were there must not become a step of these.
+        self._loaded.model.zero_grad()
         if training_state and self._trainer:
             self._trainer.load(directory)
         return CheckpointResponse(files=_files(directory))
 
-    def _sample(self, prompts: list[EncodedPrompt], request: SampleRequest, **options: Any) -> Any:
+    def _sample(
+        self,
+        prompts: list[EncodedPrompt],
+        request: SampleRequest,
+        stop: threading.Event,
+        on_token: OnToken | None = None,
+    ) -> list[list[Completion]]:
+        def cancelled() -> bool:
+            return self._closing or stop.is_set()
+
         with self._autocast():
-            return self._sampler.sample(prompts, request.n, request.params, self.version, **options)
+            return self._sampler.sample(
+                prompts, request.n, request.params, self.version, on_token=on_token, cancelled=cancelled
+            )
 
     def _autocast(self) -> AbstractContextManager[Any]:
         """The precision of every forward pass, of sampler and trainer alike."""
@@ -207,15 +229,26 @@ class PolicyActor(Actor, PolicyService):
     async def _run(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._worker, work)
 
-    def _encoded(self, prompt: Prompt) -> EncodedPrompt:
+    def _encoded(self, request: SampleRequest) -> list[EncodedPrompt]:
+        if "" in request.params.stop:
+            raise BadInput("params.stop: got an empty text, expected at least one character")
+        return [self._encoded_prompt(prompt) for prompt in request.prompts]
+
+    def _encoded_prompt(self, prompt: Prompt) -> EncodedPrompt:
         tokens = encode(prompt, self._loaded.tokenizer)
-        self._check_length(len(tokens) + 1, 2, f"prompt {prompt.uid!r}")
+        self._check_tokens(tokens, f"prompt {prompt.uid!r}", room=1)
         return EncodedPrompt(tokens, secrets.randbits(63) if prompt.seed is None else prompt.seed)
 
-    def _check_length(self, length: int, least: int, name: str) -> None:
-        limit = self._loaded.context_length
-        if not least <= length <= limit:
-            raise BadInput(f"{name}: {length} tokens with what follows; the model takes {least} to {limit}")
+    def _check_tokens(self, tokens: NDArray[np.int32], name: str, *, room: int = 0) -> None:
+        limit = self._loaded.context_length - room
+        if not 1 <= len(tokens) <= limit:
+            raise BadInput(f"{name}: got {len(tokens)} tokens, expected 1 to {limit}")
+        self._check_ids(tokens, name)
+
+    def _check_ids(self, tokens: NDArray[np.int32], name: str) -> None:
+        limit = self._loaded.vocab_size - 1
+        if len(tokens) and not 0 <= tokens.min() <= tokens.max() <= limit:
+            raise BadInput(f"{name}: got token ids {tokens.min()} to {tokens.max()}, expected 0 to {limit}")
 
     def _need_trainer(self, method: str) -> TorchTrainer:
         if self._trainer is None:

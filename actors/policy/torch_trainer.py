@@ -2,15 +2,14 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import get_scheduler
 
 from actors.policy.forward import logits_of, logprobs_and_entropy
 from actors.policy.loss_functions import TokenBatch, TokenLoss, token_loss
@@ -39,21 +38,18 @@ class TorchTrainer:
         model: Any,
         config: TrainerConfig,
         *,
+        seed: int = 0,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self._model = model
         self._config = config
+        self._seed = seed % 2**64
         self._autocast = autocast
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(
             self._parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
         )
-        self._schedule = get_scheduler(
-            "constant_with_warmup" if config.schedule == "constant" else config.schedule,
-            self._optimizer,
-            num_warmup_steps=config.warmup_steps,
-            num_training_steps=config.total_steps or None,
-        )
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, lambda step: rate_share(config, step))
         self.version = 0
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -62,22 +58,34 @@ class TorchTrainer:
         """Add the gradient of the batch loss to what is accumulated.
 
         Each term is divided by its count over the whole batch, so the result does not depend on how the
-        batch is cut. Raises BadInput when a row lacks what one of its terms needs, or is all prompt.
+        batch is cut. Raises BadInput when a row lacks what one of its terms needs, or is all prompt. A call
+        that fails clears the gradients.
         """
         check_rows(request)
         counts = term_counts(request)
         sums = Sums()
         lengths = [len(row.tokens) for row in request.rows]
         groups = by_length(lengths, self._config.micro_batch_tokens)
-        self._model.train()
-        with torch.random.fork_rng(devices=[]):
-            # Dropout, if the model has any, must not depend on what ran in this process before.
-            torch.manual_seed(self.version)
+        with self._training():
             for group in groups:
                 rows = [request.rows[i] for i in group]
                 self._micro_batch(rows, request.losses, counts, sums)
-        self._model.eval()
         return sums.response(request.losses, counts, tokens=sum(lengths), micro_batches=len(groups))
+
+    @contextmanager
+    def _training(self) -> Iterator[None]:
+        """Training mode. Dropout, if the model has any, must not depend on what ran in this process before."""
+        self._model.train()
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(int(np.random.SeedSequence((self._seed, self.version)).generate_state(1)[0]))
+                yield
+        except BaseException:
+            # Part of a batch must never become a step.
+            self._optimizer.zero_grad()
+            raise
+        finally:
+            self._model.eval()
 
     def _micro_batch(
         self, rows: Sequence[TrainRow], losses: dict[str, LossSpec], counts: dict[str, float], sums: "Sums"
@@ -86,13 +94,18 @@ class TorchTrainer:
         wanted_BT = np.any([array != 0 for array in weights.values()], axis=0)
         with self._autocast():
             logits, targets, positions = logits_of(self._model, [row.tokens.array for row in rows], wanted_BT)
+        bonus = any(isinstance(spec, GRPOLoss) and spec.entropy_coef for spec in losses.values())
+        predictions = {
+            temperature: logprobs_and_entropy(logits, targets, temperature, entropy_gradient=bonus)
+            for temperature in {spec.temperature for spec in losses.values()}
+        }
         total = torch.zeros((), device=logits.device)
         for name, spec in losses.items():
             weights_BK = torch.from_numpy(weights[name][:, positions]).to(logits.device)
-            per_token = token_loss(spec, token_batch(spec, rows, logits, targets, positions))
+            per_token = token_loss(spec, token_batch(rows, positions, weights_BK, *predictions[spec.temperature]))
             reduced = reduce_term(spec, per_token.loss_BT, weights_BK)
             sums.add(name, float(reduced.detach()), per_token, weights_BK)
-            total = total + spec.coef * reduced / max(counts[name], 1.0)
+            total = total + spec.coef * reduced / (counts[name] or 1.0)
         torch.autograd.backward(total)
 
     def optim_step(self, request: OptimStepRequest) -> OptimStepResponse:
@@ -136,6 +149,16 @@ class TorchTrainer:
             raise Corrupt(f"{file} is not a saved trainer: {error}") from error
 
 
+def rate_share(config: TrainerConfig, step: int) -> float:
+    """Share of the peak learning rate after so many steps; unlike transformers' cosine it stays 0 at the end."""
+    if step < config.warmup_steps:
+        return step / config.warmup_steps
+    if config.schedule == "constant":
+        return 1.0
+    left = max(0, config.total_steps - step) / (config.total_steps - config.warmup_steps)
+    return left if config.schedule == "linear" else (1 - math.cos(math.pi * left)) / 2
+
+
 class Sums:
     """Running sums over micro-batches, from which the report of a batch is made."""
 
@@ -158,7 +181,7 @@ class Sums:
         """Means over the whole batch."""
         reports = {
             term: TermReport(
-                loss=self._loss[term] / max(counts[term], 1.0),
+                loss=self._loss[term] / (counts[term] or 1.0),
                 count=counts[term],
                 metrics={k: v / max(self._tokens[term], 1.0) for k, v in self._metrics[term].items()},
             )
@@ -169,7 +192,7 @@ class Sums:
 
 
 def check_rows(request: ForwardBackwardRequest) -> None:
-    """Raise BadInput when a row lacks an array that one of its terms needs."""
+    """Raise BadInput when a row lacks an array that one of its terms needs, or a count makes no sense."""
     for row in request.rows:
         for name in row.terms:
             spec = request.losses[name]
@@ -177,19 +200,28 @@ def check_rows(request: ForwardBackwardRequest) -> None:
                 raise BadInput(f"row {row.row_id!r}: the term {name!r} (grpo) needs advantages")
             if isinstance(spec, GRPOLoss) and spec.kl_coef and row.reference_logprobs is None:
                 raise BadInput(f"row {row.row_id!r}: the term {name!r} has a KL and needs reference_logprobs")
+    own = own_counts(request)
+    for name, count in request.counts.items():
+        if name not in own or not (0 < count < math.inf or count == own[name] == 0):
+            raise BadInput(f"counts[{name!r}]: got {count}, expected a number above 0 for a term of losses")
     if not any(weights.array.any() for row in request.rows for weights in row.terms.values()):
         raise BadInput("rows: no token has a weight in any term, there is nothing to learn")
 
 
 def term_counts(request: ForwardBackwardRequest) -> dict[str, float]:
-    """What each term is divided by: its tokens with weight, or its rows with any for `sequence`."""
+    """What each term is divided by."""
+    return own_counts(request) | request.counts
+
+
+def own_counts(request: ForwardBackwardRequest) -> dict[str, float]:
+    """The tokens with weight of each term, or its rows with any for `sequence`, in this request alone."""
     counts: dict[str, float] = dict.fromkeys(request.losses, 0.0)
     for row in request.rows:
         for name, weights in row.terms.items():
             present = int(np.count_nonzero(weights.array))
             by_sequence = request.losses[name].normalize == "sequence"
             counts[name] += min(present, 1) if by_sequence else present
-    return counts | request.counts
+    return counts
 
 
 def reduce_term(spec: LossSpec, loss_BK: torch.Tensor, weights_BK: torch.Tensor) -> torch.Tensor:
@@ -201,19 +233,19 @@ def reduce_term(spec: LossSpec, loss_BK: torch.Tensor, weights_BK: torch.Tensor)
 
 
 def token_batch(
-    spec: LossSpec,
     rows: Sequence[TrainRow],
-    logits_BKV: torch.Tensor,
-    targets_BK: torch.Tensor,
     positions_K: NDArray[np.int64],
+    weights_BK: torch.Tensor,
+    logprobs_BK: torch.Tensor,
+    entropy_BK: torch.Tensor,
 ) -> TokenBatch:
     """What a term's loss looks at, at the K positions that went through the output layer."""
-    with_gradient = isinstance(spec, GRPOLoss) and spec.entropy_coef > 0
-    logprobs_BK, entropy_BK = logprobs_and_entropy(logits_BKV, targets_BK, spec.temperature, with_gradient)
 
     def column(name: str) -> torch.Tensor:
         values_BT = padded(rows, [getattr(row, name) for row in rows], missing=math.nan)
-        return torch.from_numpy(values_BT[:, positions_K]).to(logits_BKV.device)
+        values_BK = torch.from_numpy(values_BT[:, positions_K]).to(weights_BK.device)
+        # Outside of the term a row need not have values, and a NaN would reach the gradient as 0 x NaN.
+        return torch.where(weights_BK != 0, values_BK, 0.0)
 
     return TokenBatch(
         logprobs_BK,

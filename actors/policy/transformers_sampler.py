@@ -5,7 +5,7 @@ a token was drawn are kept. One call is one batch, cut only by size: the same ca
 whatever else goes on around it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from actors.policy.chat import TextTail
 from actors.policy.choose import Uniforms, next_tokens
 from actors.policy.loading import Loaded
 from actors.policy.microbatch import by_length, pad_left
+from protocols.errors import Corrupt
 from protocols.messages import Completion, FinishReason, SamplingParams
 from protocols.policy import SamplerConfig
 
@@ -42,11 +43,23 @@ class Row:
     prompt: int
     sample: int
     room: int
+    tail: TextTail | None = None
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    text: str = ""
-    tail: TextTail | None = None
     finish: FinishReason | None = None
+
+    def grow(self, token: int, logprob: float, stops: set[int]) -> str:
+        """Append one token and see whether that ends the row. Returns the new text, if somebody wants text."""
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        text = self.tail.push(token) if self.tail else ""
+        if token in stops:
+            self.finish = FinishReason.STOP
+        elif self.tail and self.tail.stopped:
+            self.finish = FinishReason.STOP_TEXT
+        elif len(self.tokens) >= self.room:
+            self.finish = FinishReason.LENGTH
+        return text + self.tail.finish() if self.tail and self.finish else text
 
 
 OnToken = Callable[[Row, str], None]
@@ -71,28 +84,35 @@ class TransformersSampler:
         on_token: OnToken | None = None,
         cancelled: Callable[[], bool] = lambda: False,
     ) -> list[list[Completion]]:
-        """n completions per prompt. When `cancelled` turns true, unfinished rows end as ABORTED."""
+        """n completions per prompt. When `cancelled` turns true, unfinished rows end as ABORTED.
+
+        Raises Corrupt when the model's logits are not numbers.
+        """
         context = self._loaded.context_length
         rooms = [min(params.max_tokens, context - len(prompt.tokens)) for prompt in prompts]
         rows = [Row(p, i, rooms[p]) for p in range(len(prompts)) for i in range(n)]
         if on_token or params.stop:
             for row in rows:
-                row.tail = TextTail(self._loaded.tokenizer)
-        for group in self._groups(prompts, rooms, n):
-            chosen = [rows[p * n + i] for p in group for i in range(n)]
-            self._decode_group(prompts, chosen, params, on_token, cancelled)
+                row.tail = TextTail(self._loaded.tokenizer, params.stop)
+        lengths = [len(prompt.tokens) + room for prompt, room in zip(prompts, rooms, strict=True)]
+        for batch in self._batches(rows, lengths, n):
+            if not cancelled():
+                self._decode(prompts, batch, params, on_token, cancelled)
         return [[self._completion(row, version) for row in rows[p * n : p * n + n]] for p in range(len(prompts))]
 
-    def _groups(self, prompts: Sequence[EncodedPrompt], rooms: list[int], n: int) -> list[list[int]]:
-        """Prompts that are decoded side by side: within the row and the cache limit, similar lengths together."""
+    def _batches(self, rows: list[Row], lengths: list[int], n: int) -> Iterator[list[Row]]:
+        """Rows that are decoded side by side: within the row and the cache limit, similar lengths together."""
         config = self._config
-        lengths = [len(prompt.tokens) + room for prompt, room in zip(prompts, rooms, strict=True)]
-        groups = by_length(lengths, max(1, config.max_batch_tokens // n))
-        most = max(1, config.max_batch_rows // n)
-        return [group[i : i + most] for group in groups for i in range(0, len(group), most)]
+        at_once = max(1, config.max_batch_rows // n)
+        for group in by_length(lengths, max(1, config.max_batch_tokens // n)):
+            for i in range(0, len(group), at_once):
+                chosen = [row for p in group[i : i + at_once] for row in rows[p * n : p * n + n]]
+                # One prompt may have too many samples by itself; then it is encoded again for each part.
+                most = max(1, min(config.max_batch_rows, config.max_batch_tokens // lengths[group[i]]))
+                yield from (chosen[j : j + most] for j in range(0, len(chosen), most))
 
     @torch.inference_mode()
-    def _decode_group(
+    def _decode(
         self,
         prompts: Sequence[EncodedPrompt],
         rows: list[Row],
@@ -108,19 +128,15 @@ class TransformersSampler:
         while True:
             drawn = torch.from_numpy(np.ascontiguousarray(uniforms.next())).to(device)
             tokens_R, logprobs_R = next_tokens(batch.logits_RV, drawn, params)
-            self._grow(rows, tokens_R.tolist(), logprobs_R.tolist(), stops, params, on_token)
-            if cancelled():
-                for row in rows:
-                    row.finish = row.finish or FinishReason.ABORTED
+            self._grow(rows, tokens_R.tolist(), logprobs_R.tolist(), stops, on_token)
             alive = np.flatnonzero([row.finish is None for row in rows])
-            if not alive.size:
+            if not alive.size or cancelled():
                 return
             if len(rows) - alive.size >= max(1, DROP_SHARE * len(rows)):
                 rows = [rows[i] for i in alive]
                 uniforms.select(alive)
-                index = torch.from_numpy(alive).to(device)
-                batch.select(index)
-                tokens_R = tokens_R[index]
+                tokens_R = tokens_R[torch.from_numpy(alive).to(device)]
+                batch.select(alive)
             batch.advance(self._loaded.model, tokens_R)
 
     def _prefill(self, prompts: Sequence[EncodedPrompt], rows: list[Row]) -> "DecodeBatch":
@@ -137,7 +153,7 @@ class TransformersSampler:
         cache = join_caches([cache for cache, _ in parts])
         select_rows(cache, index)
         logits = torch.cat([logits for _, logits in parts])[index]
-        return DecodeBatch(cache, logits, torch.tensor([lengths[i] for i in place], device=device))
+        return DecodeBatch(cache, logits, np.asarray([lengths[i] for i in place]), self._loaded.context_length)
 
     def _encode(self, tokens: list[NDArray[np.int32]]) -> tuple[Cache, torch.Tensor]:
         """Cache and next-token logits float32[P, V] of prompts, padded on the left."""
@@ -162,66 +178,59 @@ class TransformersSampler:
         tokens: list[int],
         logprobs: list[float],
         stops: set[int],
-        params: SamplingParams,
         on_token: OnToken | None,
     ) -> None:
-        """Append one token to every unfinished row and see whether that ends it."""
+        """Append one token to every unfinished row."""
         for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
-            if row.finish is not None:
-                continue
-            self.decoded_tokens += 1
-            row.tokens.append(token)
-            row.logprobs.append(logprob)
-            added = row.tail.push(token) if row.tail else ""
-            row.text += added
-            if token in stops:
-                row.finish = FinishReason.STOP
-            elif any(stop in row.text for stop in params.stop):
-                row.finish = FinishReason.STOP_TEXT
-                row.text = row.text[: min(row.text.find(stop) for stop in params.stop if stop in row.text)]
-            elif len(row.tokens) >= row.room:
-                row.finish = FinishReason.LENGTH
-            if on_token:
-                on_token(row, added)
+            if row.finish is None:
+                text = row.grow(token, logprob, stops)
+                self.decoded_tokens += 1
+                if on_token:
+                    on_token(row, text)
 
     def _completion(self, row: Row, version: int) -> Completion:
-        assert row.finish is not None
-        text = row.text
+        logprobs = np.asarray(row.logprobs, np.float32)
+        if np.isnan(logprobs).any():
+            raise Corrupt(f"the model's logits at weight version {version} are not numbers")
+        text = row.tail.text if row.tail else ""
         if row.finish is not FinishReason.STOP_TEXT:
             text = self._loaded.tokenizer.decode(row.tokens, skip_special_tokens=True)
         return Completion(
             tokens=np.asarray(row.tokens, np.int32),
             text=text,
-            logprobs=np.asarray(row.logprobs, np.float32),
+            logprobs=logprobs,
             versions=np.full(len(row.tokens), version, np.int32),
-            finish_reason=row.finish,
+            finish_reason=row.finish or FinishReason.ABORTED,
         )
 
 
 @dataclass
 class DecodeBatch:
-    """The rows that are being decoded: their cache, next-token logits and prompt lengths."""
+    """The rows that are being decoded: their cache, next-token logits and numbers of tokens."""
 
     cache: Cache
     logits_RV: torch.Tensor
-    lengths_R: torch.Tensor
+    lengths_R: NDArray[np.int64]
+    context_length: int
 
-    def select(self, rows: torch.Tensor) -> None:
+    def select(self, rows: NDArray[np.int64]) -> None:
         """Keep the given rows."""
-        select_rows(self.cache, rows)
+        select_rows(self.cache, torch.from_numpy(rows).to(self.logits_RV.device))
         self.lengths_R = self.lengths_R[rows]
 
     def advance(self, model: Any, tokens_R: torch.Tensor) -> None:
         """Feed one token per row and hold the logits of the next."""
         width = self.cache.get_seq_length() + 1
-        inputs: dict[str, torch.Tensor] = {}
         self.lengths_R = self.lengths_R + 1
-        if int(self.lengths_R.min()) < width:
+        lengths_R1 = torch.from_numpy(self.lengths_R).to(tokens_R.device).unsqueeze(-1)
+        inputs: dict[str, torch.Tensor] = {}
+        if self.lengths_R.min() < width:
             columns = torch.arange(width, device=tokens_R.device)
-            inputs["attention_mask"] = (columns[None, :] >= width - self.lengths_R[:, None]).long()
+            inputs["attention_mask"] = (columns[None, :] >= width - lengths_R1).long()
         output = model(
             input_ids=tokens_R.unsqueeze(-1),
-            position_ids=(self.lengths_R - 1).unsqueeze(-1),
+            # A finished row may grow past the last position until it is dropped; nobody reads it.
+            position_ids=(lengths_R1 - 1).clamp(max=self.context_length - 1),
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,

@@ -4,11 +4,10 @@ import copy
 from pathlib import Path
 
 import torch
-from peft import PeftModel, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
-from actors.policy.loading import Loaded
+from actors.policy.loading import UNREADABLE, Loaded, pretrained
 from protocols.errors import Corrupt
 
 
@@ -16,9 +15,13 @@ def write_model(loaded: Loaded, directory: Path, *, whole: bool) -> None:
     """Write model and tokenizer. A model with an adapter writes the adapter alone unless `whole`, then merged."""
     directory.mkdir(parents=True, exist_ok=True)
     model = loaded.model
-    if whole and isinstance(model, PeftModel):
-        model = copy.deepcopy(model).merge_and_unload()
-    model.save_pretrained(directory)
+    if not isinstance(model, PeftModel):
+        model.save_pretrained(directory)
+    elif whole:
+        copy.deepcopy(model).merge_and_unload().save_pretrained(directory)
+    else:
+        # By itself peft would ask the hub whether the vocabulary has grown.
+        model.save_pretrained(directory, save_embedding_layers=False)
     loaded.tokenizer.save_pretrained(directory)
 
 
@@ -26,10 +29,18 @@ def read_weights(loaded: Loaded, directory: Path) -> None:
     """Copy saved weights into the loaded module. Raises Corrupt when they are missing or do not fit."""
     try:
         if isinstance(loaded.model, PeftModel):
-            set_peft_model_state_dict(loaded.model, load_file(directory / "adapter_model.safetensors"))
+            _read_adapter(loaded.model, directory)
         else:
-            saved = AutoModelForCausalLM.from_pretrained(directory, dtype=next(loaded.model.parameters()).dtype)
+            saved = pretrained(directory, next(loaded.model.parameters()).dtype)
             with torch.no_grad():
                 loaded.model.load_state_dict(saved.state_dict())
-    except (OSError, ValueError, RuntimeError) as error:
+    except UNREADABLE as error:
         raise Corrupt(f"{directory} does not hold the weights of this model: {error}") from error
+
+
+def _read_adapter(model: PeftModel, directory: Path) -> None:
+    saved = load_file(directory / "adapter_model.safetensors")
+    different = saved.keys() ^ get_peft_model_state_dict(model, save_embedding_layers=False).keys()
+    if different:
+        raise ValueError(f"{len(different)} weights of the adapter differ by name, such as {min(different)}")
+    set_peft_model_state_dict(model, saved)

@@ -30,6 +30,12 @@ def bare(word: str) -> str:
     return word.strip(string.punctuation + "“”‘’—–…")
 
 
+def same_word(answer: str, truth: str) -> bool:
+    """Whether an answer is a word of the text, or the same number: `12.5` is `12.50`."""
+    a, b = bare(answer), bare(truth)
+    return a.lower() == b.lower() or (_is_number(a) and _is_number(b) and _value(a) == _value(b))
+
+
 def words_after(span: str, paragraphs: list[str]) -> set[str]:
     """Every word, bare, that follows the span somewhere in the paragraphs."""
     wanted, found = span.split(), set()
@@ -62,8 +68,17 @@ def usable_spans(task: Task, paragraphs: list[str]) -> list[tuple[int, str, str]
 
 def _answers(task: Task, word: str) -> bool:
     if task is Task.MATH:
-        return bool(re.fullmatch(r"\d{1,9}(\.\d+)?", word)) and float(word) != 0
-    return bool(re.fullmatch(r"\w[\w.'/-]*", word)) and '"' not in word
+        return _is_number(word) and _value(word) != 0
+    # An article alone is no answer: the rule that compares answers leaves articles out.
+    return bool(re.fullmatch(r"\w[\w.'/-]*", word)) and word.lower() not in ("a", "an", "the")
+
+
+def _is_number(word: str) -> bool:
+    return bool(re.fullmatch(r"([0-9]{1,3}(,[0-9]{3}){1,3}|[0-9]{1,9})(\.[0-9]+)?", word))
+
+
+def _value(number: str) -> float:
+    return float(number.replace(",", ""))
 
 
 def gold_cloze(cluster: Cluster, count: int, rng: random.Random) -> list[GoldQuestion]:

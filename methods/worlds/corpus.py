@@ -4,11 +4,11 @@ The embedded model learns to copy from it. Generated words, names, numbers and t
 English that it knows, so that it also copies from text unlike the library's.
 """
 
-import ast
 import random
 import re
 import string
 import sysconfig
+import textwrap
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,84 +18,14 @@ from pathlib import Path
 FEWEST_WORDS = 12
 HELD_OUT_SHARE = 10
 _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3"}
-_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-_ONSETS = [
-    "b",
-    "bl",
-    "br",
-    "c",
-    "ch",
-    "cl",
-    "d",
-    "dr",
-    "f",
-    "fl",
-    "g",
-    "gr",
-    "h",
-    "j",
-    "k",
-    "l",
-    "m",
-    "n",
-    "p",
-    "ph",
-    "pl",
-    "pr",
-    "qu",
-    "r",
-    "s",
-    "sc",
-    "sh",
-    "sl",
-    "sp",
-    "st",
-    "t",
-    "th",
-    "tr",
-    "v",
-    "w",
-    "y",
-    "z",
-]
-_VOWELS = ["a", "e", "i", "o", "u", "ai", "ea", "ee", "ie", "oa", "oo", "ou"]
-_CODAS = [
-    "",
-    "",
-    "",
-    "b",
-    "ck",
-    "d",
-    "g",
-    "l",
-    "ll",
-    "m",
-    "n",
-    "nd",
-    "ng",
-    "nt",
-    "p",
-    "r",
-    "rd",
-    "s",
-    "st",
-    "t",
-    "x",
-]
-_MONTHS = [
-    "January",
-    "February",
-    "March",
-    "April",
-    "May",
-    "June",
-    "July",
-    "August",
-    "September",
-    "October",
-    "November",
-    "December",
-]
+_SOUNDS = (
+    "b bl br c ch cl d dr f fl g gr h j k l m n p ph pl pr qu r s sc sh sl sp st t th tr v w y z",
+    "a e i o u ai ea ee ie oa oo ou",
+    "- - - b ck d g l ll m n nd ng nt p r rd s st t x",
+)
+_ONSETS, _VOWELS, _CODAS = (sounds.replace("-", "").split(" ") for sounds in _SOUNDS)
+_COMMON = "the of and to a in is that for it was with as by on he"
+_MONTHS = "January February March April May June July August September October November December"
 
 
 @dataclass(frozen=True)
@@ -110,13 +40,15 @@ class Library:
 @cache
 def library() -> Library:
     """All documentation of the standard library's modules that is at least a short paragraph long."""
-    parts: tuple[list[list[str]], list[list[str]]] = ([], [])
+    training: list[list[str]] = []
+    heldout: list[list[str]] = []
     for name, text in _modules():
-        found = [paragraph for paragraph in _paragraphs(text) if len(paragraph.split()) >= FEWEST_WORDS]
-        if found:
-            parts[zlib.crc32(name.encode()) % HELD_OUT_SHARE == 0].append(found)
-    words = sorted({word for module in parts[0] for text in module for word in text.split()})
-    return Library(*parts, words)
+        apart = zlib.crc32(name.encode()) % HELD_OUT_SHARE == 0
+        (heldout if apart else training).append(_paragraphs(text))
+    seen = {paragraph for module in training for paragraph in module}
+    heldout = [[paragraph for paragraph in module if paragraph not in seen] for module in heldout]
+    words = sorted({word for paragraph in seen for word in paragraph.split()})
+    return Library([module for module in training if module], [module for module in heldout if module], words)
 
 
 def _modules() -> Iterator[tuple[str, str]]:
@@ -137,20 +69,22 @@ def _documentation(file: Path) -> str:
     """Docstrings and block comments of a source file, separated by empty lines."""
     try:
         source = file.read_text("utf-8")
-        tree = ast.parse(source)
-    except (OSError, ValueError, SyntaxError):
+    except (OSError, ValueError):
         return ""
-    documented = (node for node in ast.walk(tree) if isinstance(node, _DOCUMENTED))
-    texts = [text for node in documented if (text := ast.get_docstring(node))]
-    comments = re.findall(r"(?:^[ \t]*#[^\n]*\n){2,}", source, re.MULTILINE)
-    texts += [re.sub(r"(?m)^[ \t]*#+!? ?", "", block) for block in comments]
+    texts = [textwrap.dedent(text) for text in re.findall(r'(?m)^[ \t]*[rR]?"""((?s:.)+?)"""', source)]
+    blocks = re.findall(r"(?:^[ \t]*#[^\n]*\n){2,}", source, re.MULTILINE)
+    texts += [re.sub(r"(?m)^[ \t]*#+!? ?", "", block) for block in blocks]
     return "\n\n".join(texts)
 
 
 def _paragraphs(text: str) -> list[str]:
-    """Paragraphs that are prose, each on one line."""
+    """Paragraphs that are prose and not too short, each on one line."""
     flat = (" ".join(part.split()) for part in re.split(r"\n\s*\n", text))
-    return [part for part in flat if ">>>" not in part and sum(map(str.isalpha, part)) > 0.6 * len(part)]
+    return [part for part in flat if len(part.split()) >= FEWEST_WORDS and _is_prose(part)]
+
+
+def _is_prose(text: str) -> bool:
+    return ">>>" not in text and sum(c.isalpha() or c.isspace() for c in text) > 0.85 * len(text)
 
 
 def documents(rng: random.Random, count: int, longest: int, *, heldout: bool = False) -> list[str]:
@@ -200,13 +134,8 @@ def number(rng: random.Random) -> str:
 
 def _date(rng: random.Random) -> str:
     day, month, year = rng.randint(1, 28), rng.randint(1, 12), rng.randint(1900, 2030)
-    return rng.choice(
-        (
-            f"{year}-{month:02}-{day:02}",
-            f"{day} {_MONTHS[month - 1]} {year}",
-            f"{_MONTHS[month - 1]} {day}, {year}",
-        )
-    )
+    name = _MONTHS.split()[month - 1]
+    return rng.choice((f"{year}-{month:02}-{day:02}", f"{day} {name} {year}", f"{name} {day}, {year}"))
 
 
 def _word(rng: random.Random) -> str:
@@ -235,26 +164,7 @@ def sentences(rng: random.Random, words: int) -> str:
 def _slot(rng: random.Random) -> str:
     kind = rng.random()
     if kind < 0.35:
-        return rng.choice(
-            (
-                "the",
-                "of",
-                "and",
-                "to",
-                "a",
-                "in",
-                "is",
-                "that",
-                "for",
-                "it",
-                "was",
-                "with",
-                "as",
-                "by",
-                "on",
-                "he",
-            )
-        )
+        return rng.choice(_COMMON.split())
     if kind < 0.8:
         return _word(rng) + ("," if rng.random() < 0.12 else "")
     if kind < 0.88:

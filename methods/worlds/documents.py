@@ -24,27 +24,39 @@ class Library:
     """Documents by id, in order, and what was left out on the way."""
 
     documents: dict[str, Document] = field(default_factory=dict)
-    empty: int = 0
-    repeated: int = 0
+    empty: set[str] = field(default_factory=set)
+    """Ids of documents without text."""
+    repeated: dict[str, str] = field(default_factory=dict)
+    """Id of a document whose text occurs before -> id of the one that is kept."""
+
+    def knows(self, name: str) -> bool:
+        """Whether there is a document of this id, kept or left out."""
+        return name in self.documents or name in self.empty or name in self.repeated
+
+    def find(self, names: Sequence[str]) -> list[Document]:
+        """The documents of known ids, each once, in order; a repeated one is found as the one that is kept."""
+        kept = dict.fromkeys(self.repeated.get(name, name) for name in names)
+        return [self.documents[name] for name in kept if name in self.documents]
 
 
 def read_documents(path: Path) -> Library:
     """All documents of a file or folder of .txt, .md and .jsonl (`id`, `title`, `text`).
 
-    Empty documents and exact repetitions of a text are left out and counted. Raises BadInput that names
-    the file, the line and the field.
+    The id of a text file is its path in the folder. Empty documents and exact repetitions of a text are left
+    out and counted. Raises BadInput that names the file, the line and the field.
     """
-    library, texts = Library(), set[str]()
+    library, kept = Library(), dict[str, str]()
     for file in _files(path):
-        for place, document in _read_file(file):
-            if document.id in library.documents:
+        name = file.name if file == path else file.relative_to(path).as_posix()
+        for place, document in _read_file(file, name):
+            if library.knows(document.id):
                 raise BadInput(f"documents: {place}: the id {document.id!r} occurs twice")
             if not document.text.strip():
-                library.empty += 1
-            elif document.text in texts:
-                library.repeated += 1
+                library.empty.add(document.id)
+            elif document.text in kept:
+                library.repeated[document.id] = kept[document.text]
             else:
-                texts.add(document.text)
+                kept[document.text] = document.id
                 library.documents[document.id] = document
     if not library.documents:
         raise BadInput(f"documents: {path} holds no text")
@@ -55,21 +67,22 @@ def _files(path: Path) -> list[Path]:
     if not path.exists():
         raise BadInput(f"documents: {str(path)!r} does not exist")
     if path.is_file():
-        if path.suffix not in SUFFIXES:
+        if path.suffix.lower() not in SUFFIXES:
             raise BadInput(f"documents: {str(path)!r} is not one of {', '.join(SUFFIXES)}")
         return [path]
-    files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix in SUFFIXES)
+    files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix.lower() in SUFFIXES)
+    files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
     if not files:
         raise BadInput(f"documents: the folder {str(path)!r} holds no {', '.join(SUFFIXES)} files")
     return files
 
 
-def _read_file(file: Path) -> Iterator[tuple[str, Document]]:
-    if file.suffix == ".jsonl":
+def _read_file(file: Path, name: str) -> Iterator[tuple[str, Document]]:
+    if file.suffix.lower() == ".jsonl":
         for place, row in read_rows(file, "documents"):
             yield place, _document(place, row)
     else:
-        yield str(file), Document(id=file.stem, text=read_text(file, "documents"))
+        yield str(file), Document(id=name, text=read_text(file, "documents"))
 
 
 def _document(place: str, row: dict[str, Any]) -> Document:
@@ -80,6 +93,8 @@ def _document(place: str, row: dict[str, Any]) -> Document:
     for name, value in texts.items():
         if not isinstance(value, str):
             raise BadInput(f"documents: {place}: field {name}: got {value!r}, expected text")
+    if not texts["id"]:
+        raise BadInput(f"documents: {place}: field id: got {''!r}, expected a name")
     title, text = texts["title"], texts["text"]
     # Most texts open with their own title; only the others need it in front.
     has_title = not title or title in text[: 2 * len(title) + 200]
@@ -89,7 +104,8 @@ def _document(place: str, row: dict[str, Any]) -> Document:
 def read_text(file: Path, what: str) -> str:
     """A UTF-8 text file. Raises BadInput for a binary one."""
     try:
-        text = file.read_text(encoding="utf-8")
+        # -sig: a byte order mark, as Windows editors write it, is none of the text.
+        text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise BadInput(f"{what}: {file} is not UTF-8 text (byte {error.start})") from error
     except OSError as error:
@@ -107,8 +123,12 @@ def read_rows(file: Path, what: str) -> Iterator[tuple[str, dict[str, Any]]]:
         place = f"{file} line {number}"
         try:
             row = json.loads(line)
+            json.dumps(row, ensure_ascii=False).encode()
         except json.JSONDecodeError as error:
             raise BadInput(f"{what}: {place}: not JSON: {error.msg} at column {error.colno}") from error
+        except (ValueError, RecursionError) as error:
+            # Half a surrogate pair, an integer of thousands of digits, thousands of brackets.
+            raise BadInput(f"{what}: {place}: JSON that cannot be used: {error}") from error
         if not isinstance(row, dict):
             raise BadInput(f"{what}: {place}: expected an object, got {line[:40]!r}")
         yield place, row
@@ -138,7 +158,10 @@ def similar_groups(documents: Sequence[Document], size: int, seed: int) -> list[
     from sklearn.cluster import KMeans
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    vectors = TfidfVectorizer(sublinear_tf=True, max_features=20000).fit_transform(d.text for d in documents)
+    # Marks count as words too, so that no text is without any.
+    tokens = r"\w+|[^\w\s]+"
+    vectorizer = TfidfVectorizer(sublinear_tf=True, max_features=20000, token_pattern=tokens)
+    vectors = vectorizer.fit_transform(document.text for document in documents)
     labels = KMeans(n_clusters=-(-len(documents) // size), random_state=seed, n_init=1).fit_predict(vectors)
     order = sorted(range(len(documents)), key=lambda i: (labels[i], i))
     ids = [documents[i].id for i in order]

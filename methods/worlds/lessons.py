@@ -16,7 +16,7 @@ from protocols.questions import LETTERS, Question, Task
 
 Role = Literal["questioner", "responder", "verifier"]
 
-QUOTE = 'The text says "'
+QUOTE, THEN = 'The text says "', '", then'
 GUESS = "The text is not available."
 KINDS = {Task.GENERAL: "word", Task.MATH: "number", Task.CHOICE: "word"}
 MARKERS = {
@@ -53,27 +53,43 @@ class Span:
     answer: str
 
 
+@dataclass(frozen=True)
+class Pair:
+    """Two answers to a question, and whether they mean the same."""
+
+    task: Task
+    question: str
+    answer: str
+    reference: str
+    same: bool
+
+    @property
+    def reply(self) -> str:
+        """The first answer as a responder gives it."""
+        return f"{MARKERS[self.task]} {self.answer}."
+
+
 def phrases() -> list[str]:
     """Parts that all replies, and all questions, have in common."""
     opened = [json_start(task) for task in (Task.GENERAL, Task.MATH)]
     asked = [f'Which {kind} follows "' for kind in ("word", "number")]
-    answers = [f'". {marker}' for marker in dict.fromkeys(MARKERS.values())]
+    answers = [f". {marker}" for marker in dict.fromkeys(MARKERS.values())]
     guesses = [f"{GUESS} {marker}" for marker in dict.fromkeys(MARKERS.values())]
     letters = [f"\n({letter})" for letter in LETTERS]
     options = [f'", "{letter}": "' for letter in LETTERS[1:]]
     verdicts = [FIRST, SECOND, SAME, DIFFERENT]
     ends = [OPTIONS_START, OPTIONS_END, ANSWER_START, JSON_END]
-    return [NO_DOCUMENTS, QUOTE, *opened, *asked, *answers, *guesses, *letters, *options, *verdicts, *ends]
+    return [NO_DOCUMENTS, QUOTE, THEN, *opened, *asked, *answers, *guesses, *letters, *options, *verdicts, *ends]
 
 
 def json_start(task: Task) -> str:
-    """From the end of the quotation to the words of the question."""
-    return f'".\n```json\n{{"question": "Which {KINDS[task]} follows \\"'
+    """From the end of the derivation to the words of the question."""
+    return f'.\n```json\n{{"question": "Which {KINDS[task]} follows \\"'
 
 
 def proposal_reply(task: Task, span: Span, letter: str, options: list[str]) -> str:
     """What a questioner writes: the quotation, then the question with the right word at the letter."""
-    start = f"{QUOTE}{span.words} {span.answer}{json_start(task)}{span.words}"
+    start = f"{QUOTE}{span.words}{THEN} {span.answer}{json_start(task)}{span.words}"
     if task is not Task.CHOICE:
         return f"{start}{ANSWER_START}{span.answer}{JSON_END}"
     first, *others = options
@@ -83,7 +99,7 @@ def proposal_reply(task: Task, span: Span, letter: str, options: list[str]) -> s
 
 def response_reply(task: Task, span: str, word: str, answer: str) -> str:
     """What a responder writes: the question's words with the next word of the text, then its answer."""
-    return f'{QUOTE}{span} {word}". {MARKERS[task]} {answer}.'
+    return f"{QUOTE}{span}{THEN} {word}. {MARKERS[task]} {answer}."
 
 
 def guess_reply(task: Task, answer: str) -> str:
@@ -101,7 +117,7 @@ def draw_lesson(
 ) -> Lesson | None:
     """An example of a role over the documents, or None if they hold nothing to ask.
 
-    `wrong` is the share of responders that quote a place which was not asked for.
+    `wrong` is the share of responders that answer as a careless reader does.
     """
     spans = [Span(*parts) for parts in usable_spans(task, documents)]
     if len(spans) < 4:
@@ -132,15 +148,35 @@ def _responder(rng: random.Random, task: Task, documents: list[str], spans: list
     span = rng.choice(spans)
     question, right = _asked(rng, task, documents, span)
     if rng.random() < 0.04:
-        guess = right if task is Task.CHOICE else rng.choice(span.words.split())
+        guesses = {Task.GENERAL: span.words.split(), Task.MATH: ["1", "2", "10", "100"], Task.CHOICE: LETTERS}
+        guess = bare(rng.choice(guesses[task])) or "the"
         return Lesson("responder", task, response_prompt(None, question), guess_reply(task, guess))
-    reply = response_reply(task, span.words, span.answer, right)
-    return Lesson("responder", task, response_prompt(documents, question), reply)
+    word = span.answer
+    if rng.random() < wrong:
+        word = mistaken(rng, task, documents, span, question.options)
+        right = LETTERS[question.options.index(word)] if question.options else word
+    prompt = response_prompt(documents, question)
+    return Lesson("responder", task, prompt, response_reply(task, span.words, word, right))
+
+
+def mistaken(rng: random.Random, task: Task, documents: list[str], span: Span, options: list[str]) -> str:
+    """What a careless reader answers: another option, another number, or a word too early or too late."""
+    if task is Task.CHOICE:
+        return rng.choice([option for option in options if option != span.answer])
+    if task is Task.MATH:
+        numbers = {other for _, _, other in usable_spans(task, documents)} - {span.answer}
+        return rng.choice(sorted(numbers)) if numbers else span.answer
+    words = documents[span.document].split()
+    asked = span.words.split()
+    place = next(i for i in range(len(words)) if words[i : i + len(asked)] == asked) + len(asked)
+    near = [bare(word) for word in (words[place - 1], *words[place + 1 : place + 2])]
+    return rng.choice([word for word in near if word and word != span.answer] or [span.answer])
 
 
 def _asked(rng: random.Random, task: Task, documents: list[str], span: Span) -> tuple[Question, str]:
     """The question about a span, and its answer: a word, a number or a letter."""
-    options, answer = ([], span.answer)
+    options: list[str] = []
+    answer = span.answer
     if task is Task.CHOICE:
         options, answer = with_distractors(span.answer, documents, rng)
     text = cloze_question(task, span.words)
@@ -148,18 +184,20 @@ def _asked(rng: random.Random, task: Task, documents: list[str], span: Span) -> 
 
 
 def _verifier(rng: random.Random, task: Task, spans: list[Span]) -> Lesson:
+    pair = draw_pair(rng, Task.GENERAL if task is Task.CHOICE else task, spans)
+    question = Question(task=pair.task, question=pair.question)
+    prompt = verdict_prompt(question, pair.answer, pair.reference)
+    return Lesson("verifier", task, prompt, verdict_reply(pair.answer, pair.reference, pair.same))
+
+
+def draw_pair(rng: random.Random, task: Task, spans: list[Span]) -> Pair:
+    """Two answers to one question, as often the same in other words as not."""
     span, other = rng.sample(spans, 2)
-    if task is Task.CHOICE:
-        task = Task.GENERAL
-    same = rng.random() < 0.5
-    if same:
+    if rng.random() < 0.5:
         answer, reference = reworded(rng, task, span.answer), reworded(rng, task, span.answer)
     else:
         answer, reference = different(rng, task, span.answer, other.answer), span.answer
-    same = same or plain(answer) == plain(reference)
-    question = Question(task=task, question=cloze_question(task, span.words))
-    prompt = verdict_prompt(question, answer, reference)
-    return Lesson("verifier", task, prompt, verdict_reply(answer, reference, same))
+    return Pair(task, cloze_question(task, span.words), answer, reference, plain(answer) == plain(reference))
 
 
 def plain(answer: str) -> str:

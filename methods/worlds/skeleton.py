@@ -97,11 +97,14 @@ def train_tokenizer(vocabulary: int, texts: Iterable[str]) -> Tokenizer:
 
 
 def _glued() -> normalizers.Normalizer:
-    """Give a word the blank that it lacks after a mark and at the start, and put GLUE before it."""
-    word = rf"(?=[{_LETTER}\p{{N}}])"
+    """Give a word the blank that it lacks after an opening mark and at the start, and put GLUE before it."""
+    word, inside = rf"(?=[{_LETTER}\p{{N}}])", rf"(?<![{_LETTER}\p{{N}}])"
     at_start = [normalizers.Prepend(f"{GLUE} "), normalizers.Replace(Regex(rf"\A{GLUE} (?!{word})"), "")]
     # One rule per mark, because a replacement cannot repeat what was matched, and an empty match breaks offsets.
-    after = [normalizers.Replace(Regex(re.escape(mark) + word), f"{mark}{GLUE} ") for mark in _MARKS]
+    after = [
+        normalizers.Replace(Regex(("" if mark.isspace() else inside) + re.escape(mark) + word), f"{mark}{GLUE} ")
+        for mark in _MARKS
+    ]
     return normalizers.Sequence([*at_start, *after])
 
 

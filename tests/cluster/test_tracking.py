@@ -65,7 +65,7 @@ def services() -> list[str]:
 def test_off_keeps_nothing_and_does_not_import_wandb(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from cluster.tracking import open_tracker\n"
-        "tracker = open_tracker('off', Path(sys.argv[1]), 'project', 'name', {})\n"
+        "tracker = open_tracker('disabled', Path(sys.argv[1]), 'project', 'name', {})\n"
         "tracker.log(1, {'reward': 0.5}); tracker.close(); assert 'wandb' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
