@@ -131,7 +131,11 @@ def show(table: dict[str, dict[str, list[float]]], seeds: Sequence[int]) -> None
     print("|" + "---|" * (3 + len(seeds)))
     for claim, arms in table.items():
         for arm, values in arms.items():
-            print(f"| {claim} | {arm} | {statistics.mean(values):.3f} | " + " | ".join(f"{v:.3f}" for v in values) + " |")
+            print(
+                f"| {claim} | {arm} | {statistics.mean(values):.3f} | "
+                + " | ".join(f"{v:.3f}" for v in values)
+                + " |"
+            )
 
 
 def main() -> None:
@@ -142,7 +146,9 @@ def main() -> None:
     parser.add_argument("--parallel", type=int, default=2)
     options = parser.parse_args()
     with ThreadPoolExecutor(options.parallel) as pool:
-        jobs = {(arm, seed): pool.submit(run, arm, seed, options.runs) for arm in options.arms for seed in options.seeds}
+        jobs = {
+            (arm, seed): pool.submit(run, arm, seed, options.runs) for arm in options.arms for seed in options.seeds
+        }
         found = {arm: {seed: jobs[arm, seed].result() for seed in options.seeds} for arm in options.arms}
     if set(options.arms) == set(ARMS):
         table = claims(found)

@@ -69,8 +69,8 @@ def usable_spans(task: Task, paragraphs: list[str]) -> list[tuple[int, str, str]
 def _answers(task: Task, word: str) -> bool:
     if task is Task.MATH:
         return _is_number(word) and _value(word) != 0
-    # An article alone is no answer: the rule that compares answers leaves articles out.
-    return bool(re.fullmatch(r"\w[\w.'/-]*", word)) and word.lower() not in ("a", "an", "the")
+    # An article alone is no answer: the rule that compares answers leaves articles out. "X" is a placeholder to it.
+    return bool(re.fullmatch(r"\w[\w.'/-]*", word)) and word.lower() not in ("a", "an", "the", "x")
 
 
 def _is_number(word: str) -> bool:

@@ -1,33 +1,19 @@
 """The embedded model: its lessons, its tokenizer, the script that makes it, and the checkpoint that comes along."""
 
-import json
 import random
-from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer
 
-from actors.actor import start
-from actors.policy.loading import EMBEDDED
-from actors.policy.policy import PolicyActor
 from actors.proposals import parse_proposal
-from actors.questioner import QuestionerActor
 from actors.rules import is_supported, parse_answer, rule_score
-from actors.verifier import VerifierActor
 from actors.votes import parse_vote
-from cluster.cluster import Cluster
-from methods import embedded
 from methods.worlds import corpus
 from methods.worlds.cloze import parse_cloze, same_word, usable_spans, words_after
-from methods.worlds.exam import Exam
 from methods.worlds.lessons import Lesson, Role, Span, draw_lesson, draw_pair, plain
-from methods.worlds.skeleton import END, TURN, Shape, fixed_tokens, train_tokenizer
-from protocols.messages import ChatMessage, Prompt, SamplingParams
-from protocols.policy import PolicyConfig, TokenizeRequest
-from protocols.prompts import document_block, fixed_texts, question_prompt
-from protocols.questioner import QuestionerConfig
-from protocols.questions import LETTERS, ProposalStatus, Question, Task
-from protocols.verifier import VerifierConfig
+from methods.worlds.skeleton import Shape, fixed_tokens, train_tokenizer
+from protocols.prompts import document_block
+from protocols.questions import LETTERS, ProposalStatus, Task
 
 RETRAIN = "the prompt templates have changed: train the checkpoint again (see actors/policy/embedded/README.md)"
 TINY = Shape(vocabulary=600, layers=1, width=16, heads=2, hidden=16, context=1024)
