@@ -11,6 +11,7 @@ import ast
 import asyncio
 import contextlib
 import importlib
+import inspect
 import os
 import signal
 import sys
@@ -129,6 +130,8 @@ def _help(name: str, module: ModuleType) -> int:
     from cluster.configure import describe
 
     print(f"{module.__doc__}\nusage: launch.py {name} [--config FILE] [key=value ...]\n")
+    if hasattr(module, "preset"):
+        print(f"{inspect.getdoc(module.preset)}\n")
     for key, kind, default, meaning in describe(module.Config):
         print(f"{key}  {kind}  = {default}")
         print(f"    {meaning}")

@@ -11,7 +11,6 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
 
 from cluster.config import MethodConfig
 from cluster.run_directory import flatten
@@ -55,22 +54,24 @@ def run_name(method: str, config: MethodConfig) -> str:
 
 def describe(kind: type[MethodConfig]) -> Iterator[tuple[str, str, str, str]]:
     """Every key with its type, default and meaning."""
-    keys = {row[0]: row for row in _describe(kind, "")}
+    keys = {row[0]: row for row in _describe(kind, None, "")}
     for name, target in kind.SHORTCUTS.items():
         _, type_name, default, meaning = keys[target]
         yield name, type_name, default, f"{meaning} Short for {target}."
     yield from keys.values()
 
 
-def _describe(kind: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str, str]]:
+def _describe(kind: type[BaseModel], default: BaseModel | None, prefix: str) -> Iterator[tuple[str, str, str, str]]:
+    """The keys of a model. A field that holds one may have a default of its own, unlike that model's defaults."""
     for name, field in kind.model_fields.items():
         path = f"{prefix}{name}"
         inner = _model_of(field.annotation)
-        meaning = " ".join((field.description or "").split())
-        if inner is None or field.default is None:
-            yield path, _type_name(field.annotation), _shown(field), meaning
+        value = field.get_default(call_default_factory=True) if default is None else getattr(default, name)
+        if inner is None or value is None:
+            meaning = " ".join((field.description or "").split())
+            yield path, _type_name(field.annotation), _shown(value), meaning
         if inner is not None:
-            yield from _describe(inner, f"{path}.")
+            yield from _describe(inner, value if isinstance(value, inner) else None, f"{path}.")
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -183,8 +184,7 @@ def _type_name(annotation: Any) -> str:
     return re.sub(r"\b[a-z_][\w.]*\.(?=[A-Z])", "", name).replace("Literal[", "one of [")
 
 
-def _shown(field: FieldInfo) -> str:
-    default = field.get_default(call_default_factory=True)
+def _shown(default: Any) -> str:
     if isinstance(default, dict):
         default = {str(key): value for key, value in default.items()}
     return json.dumps(default, default=str)

@@ -215,6 +215,8 @@ class Config(MethodConfig):
             raise ValueError(
                 "documents: expected a file or folder of .txt, .md or .jsonl (or world=ledger for the built-in world)"
             )
+        if self.world == "ledger" and (self.text.documents or self.policy.model != PolicyConfig().model):
+            raise ValueError("world: the ledger has texts and a model of its own; leave out documents and model")
         return self
 
 
@@ -247,7 +249,7 @@ def fitted(config: Config, context_length: int) -> Config:
 
 
 def preset(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Defaults that go with the world and the model: small ones for the two that come with the package."""
+    """`world=ledger` and `model=embedded` have smaller defaults for some keys: see methods/presets/."""
     if given.get("world") == "ledger":
         name = "spell-ledger.yaml"
     elif (given.get("policy") or {}).get("model", "embedded") == "embedded":

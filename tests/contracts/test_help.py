@@ -1,5 +1,6 @@
 """Asking for help loads no library that takes seconds."""
 
+import json
 import re
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import sys
 import pytest
 
 from cluster.configure import describe
+from cluster.run_directory import flatten
 from methods.spell_config import Config
 from tests.contracts.sources import ROOT
 
@@ -46,6 +48,13 @@ def test_help_lists_every_key_with_type_default_and_meaning() -> None:
         assert kind and default and re.search(r"\w\w", meaning), key
     for key in ("documents", "model", "steps", "seed", "run", "runs_dir", "transport"):
         assert f"\n{key}  " in shown
+
+
+def test_help_tells_the_defaults_that_a_run_has() -> None:
+    shown = {key: default for key, _, default, _ in describe(Config)}
+    values = flatten(Config(text={"documents": "x"}).model_dump(mode="json"))  # type: ignore[arg-type]
+    for key in ("answer_sampling.max_tokens", "answer_sampling.top_p", "loss.temperature", "policy.threads"):
+        assert json.loads(shown[key]) == values[key], key
 
 
 def test_types_are_shown_as_a_reader_would_write_them() -> None:

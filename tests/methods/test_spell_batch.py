@@ -338,6 +338,8 @@ def test_a_part_that_is_given_leaves_the_rest_of_its_default() -> None:
         ({"loss": {"temperature": 1.0}}, "sampling at temperature 0.7 and a loss at 1.0 differ"),
         ({"policy": {"trainer": None}}, "policy.trainer is null"),
         ({"text": {}}, "documents: expected a file or folder"),
+        ({"world": "ledger"}, "world: the ledger has texts and a model of its own"),
+        ({"world": "ledger", "text": {}, "policy": {"model": "a/b"}}, "world: the ledger has texts and a model"),
         ({"task_weights": dict.fromkeys(Task, 0)}, "task_weights"),
         ({"task_weights": {"doc_mc": -1, "docmath_qa": 2}}, "task_weights"),
         ({"group_size": 1}, "greater than or equal to 2"),
