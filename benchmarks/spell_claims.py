@@ -63,7 +63,7 @@ def claims(found: dict[str, dict[int, list[Row]]]) -> dict[str, dict[str, list[f
     def over(arm: str, value: object) -> list[float]:
         return [value(rows) for rows in found[arm].values()]  # type: ignore[operator]
 
-    one, two, share = "eval/gold_1hop", "eval/gold_2hop", "curriculum/two_hop"
+    one, two, share, wrong = "eval/gold_1hop", "eval/gold_2hop", "curriculum/two_hop", "audit/wrong_in_loop"
     table = {
         "label-free gain: gold 1-hop accuracy, 40 updates": {
             "base": over("spell", lambda r: at(r, one, 0)),
@@ -88,6 +88,10 @@ def claims(found: dict[str, dict[int, list[Row]]]) -> dict[str, dict[str, list[f
         "starvation: first step without a good question in 10 batches": {
             "SPELL": over("spell", starved_at),
             "questioner frozen": over("questioner-frozen", starved_at),
+            "starved steps of 100, SPELL": over("spell", lambda r: sum(row.get("rounds/starved", 0) for row in r)),
+            "starved steps of 100, frozen": over(
+                "questioner-frozen", lambda r: sum(row.get("rounds/starved", 0) for row in r)
+            ),
         },
         "good questions per step, 61-100 (of 12)": {
             "SPELL": over("spell", lambda r: mean(r, "rounds/good", 61, 100)),
@@ -98,6 +102,10 @@ def claims(found: dict[str, dict[int, list[Row]]]) -> dict[str, dict[str, list[f
             "2-hop share, 1-r": over("reverse", lambda r: mean(r, share, 51, 60)),
             "gold 1-hop, Gaussian": over("spell", lambda r: at(r, one, 60)),
             "gold 1-hop, 1-r": over("reverse", lambda r: at(r, one, 60)),
+            "gold 2-hop, mean of 41-60, Gaussian": over("spell", lambda r: mean(r, two, 41, 60)),
+            "gold 2-hop, mean of 41-60, 1-r": over("reverse", lambda r: mean(r, two, 41, 60)),
+            "wrong references asked, 41-60, Gaussian": over("spell", lambda r: mean(r, wrong, 41, 60)),
+            "wrong references asked, 41-60, 1-r": over("reverse", lambda r: mean(r, wrong, 41, 60)),
         },
         "verifier learns: accuracy on balanced gold pairs, 40 updates": {
             "base": over("spell", lambda r: at(r, "eval/verifier", 0)),

@@ -39,10 +39,10 @@ HEADLINE = ("loss", "copied_tokens", "level")
 SHORTEST_COPY, LONGEST_COPY = 8, 128
 # A copy is learnt when this is its mean loss over the last steps, in nats per token.
 COPIED, WINDOW = 1.0, 30
-SHORTEST_DOCUMENT, LONGEST_DOCUMENT, MOST_DOCUMENTS = 14, 60, 4
+SHORTEST_DOCUMENT, LONGEST_DOCUMENT, MOST_DOCUMENTS = 14, 30, 3
 ROLE_SHARES: dict[Role, float] = {"questioner": 0.4, "responder": 0.45, "verifier": 0.15}
 TASKS = list(Task)
-TOKENIZER_TEXTS = 400
+TOKENIZER_TEXTS, TOKENIZER_TEXT_WORDS = 400, 60
 
 Turns = list[tuple[str, str]]
 """A conversation: what is read and what is to be written, by turns."""
@@ -51,7 +51,7 @@ Turns = list[tuple[str, str]]
 class Config(MethodConfig):
     """How the embedded checkpoint is made. The defaults made the one that comes with the package."""
 
-    steps: int = Field(default=4000, ge=1)
+    steps: int = Field(default=3400, ge=1)
     """Optimiser steps."""
     shape: Shape = Shape()
     """Size of the model."""
@@ -61,19 +61,19 @@ class Config(MethodConfig):
     """Steps of linear warm-up."""
     copy_tokens: int = Field(default=512, ge=1)
     """Random tokens to copy per step, at first."""
-    rows: int = Field(default=24, ge=1)
+    rows: int = Field(default=16, ge=1)
     """Conversations per step."""
-    turns: int = Field(default=4, ge=1)
+    turns: int = Field(default=6, ge=1)
     """Lessons over the same documents in one conversation, except in the last steps."""
-    grow_steps: int = Field(default=1000, ge=1)
+    grow_steps: int = Field(default=600, ge=1)
     """Steps in which passages grow, after copying is learnt."""
-    last_steps: int = Field(default=600, ge=0)
+    last_steps: int = Field(default=500, ge=0)
     """Steps at the end with one lesson per conversation and an unreliable responder."""
     wrong_answers: float = Field(default=0.5, ge=0, le=1)
     """Share of the responder's lessons in the last steps that copy from a place that was not asked for."""
     threads: int = Field(default=0, ge=0)
     """CPU threads for torch; 0: as many as this process may use."""
-    test_every: int = Field(default=500, ge=1)
+    test_every: int = Field(default=600, ge=1)
     """Steps between measurements on held-out modules."""
     test_questions: int = Field(default=48, ge=1)
     """Questions per task and role in each."""
@@ -123,7 +123,7 @@ def make_skeleton(folder: Path, config: Config) -> Path:
     if not (target / "tokenizer.json").is_file():
         rng = random.Random("tokenizer")
         texts = [paragraph for module in corpus.library().training for paragraph in module]
-        texts += [corpus.documents(rng, 1, LONGEST_DOCUMENT)[0] for _ in range(TOKENIZER_TEXTS)]
+        texts += [corpus.documents(rng, 1, TOKENIZER_TEXT_WORDS)[0] for _ in range(TOKENIZER_TEXTS)]
         write_skeleton(target, config.shape, texts)
     return target
 
@@ -131,7 +131,7 @@ def make_skeleton(folder: Path, config: Config) -> Path:
 def trainer(config: Config) -> TrainerConfig:
     """AdamW as copying needs it: with a second moment of 0.999 it takes several times as many steps."""
     return TrainerConfig(
-        learning_rate=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.01, micro_batch_tokens=8192
+        learning_rate=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.01, micro_batch_tokens=2048
     )
 
 
@@ -248,7 +248,7 @@ def heldout_clusters(task: Task, count: int = 24) -> list[DocumentCluster]:
     rng = random.Random(f"held out {task.value}")
     clusters: list[DocumentCluster] = []
     while len(clusters) < count:
-        documents = corpus.documents(rng, MOST_DOCUMENTS, 40, heldout=True)
+        documents = corpus.documents(rng, MOST_DOCUMENTS, LONGEST_DOCUMENT, heldout=True)
         if draw_lesson(rng, "responder", task, documents):
             name = f"{task.value}-{len(clusters)}"
             clusters.append(DocumentCluster(question_id=name, task=task, paragraphs=documents))

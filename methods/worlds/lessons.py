@@ -1,8 +1,8 @@
 """What the embedded model learns: examples of the three roles in their real formats.
 
 All questions are cloze questions (methods/worlds/cloze.py), so every reply is copied from the prompt: the
-words of the question are found in the text, and the word after them is the answer. A reply first quotes the
-text, so that each of its parts is copied from one place.
+words of the question are found in the text, and the word after them is the answer. Each part of a reply is copied
+from one place, right after the words that lead there: a model of this size does not look things up twice.
 """
 
 import random
@@ -30,7 +30,7 @@ FIRST, SECOND, SAME, DIFFERENT = (
     '". They mean the same. [[YES]]',
     '". They differ. [[NO]]',
 )
-OPTIONS_START, OPTIONS_END = '\\"?", "options": {"A": "', '"}, "answer": "'
+OPTIONS_START, OPTIONS_END = '\\"?", "options": {"A": "', '"}, "answer": "A'
 ANSWER_START, JSON_END = '\\"?", "answer": "', '"}\n```'
 
 
@@ -73,7 +73,7 @@ def phrases() -> list[str]:
     """Parts that all replies, and all questions, have in common."""
     opened = [json_start(task) for task in (Task.GENERAL, Task.MATH)]
     asked = [f'Which {kind} follows "' for kind in ("word", "number")]
-    answers = [f". {marker}" for marker in dict.fromkeys(MARKERS.values())]
+    answers = [f'". {MARKERS[Task.GENERAL]}', f'". {MARKERS[Task.MATH]}', f". {MARKERS[Task.CHOICE]}"]
     guesses = [f"{GUESS} {marker}" for marker in dict.fromkeys(MARKERS.values())]
     letters = [f"\n({letter})" for letter in LETTERS]
     options = [f'", "{letter}": "' for letter in LETTERS[1:]]
@@ -83,23 +83,24 @@ def phrases() -> list[str]:
 
 
 def json_start(task: Task) -> str:
-    """From the end of the derivation to the words of the question."""
-    return f'.\n```json\n{{"question": "Which {KINDS[task]} follows \\"'
+    """Up to the words of the question."""
+    return f'```json\n{{"question": "Which {KINDS[task]} follows \\"'
 
 
-def proposal_reply(task: Task, span: Span, letter: str, options: list[str]) -> str:
-    """What a questioner writes: the quotation, then the question with the right word at the letter."""
-    start = f"{QUOTE}{span.words}{THEN} {span.answer}{json_start(task)}{span.words}"
+def proposal_reply(task: Task, span: Span, others: list[str]) -> str:
+    """What a questioner writes, without a derivation. The right option comes first, whichever was asked for:
+    the questioner shuffles options before anybody sees them."""
+    start = f"{json_start(task)}{span.words}"
     if task is not Task.CHOICE:
         return f"{start}{ANSWER_START}{span.answer}{JSON_END}"
-    first, *others = options
-    listed = first + "".join(f'", "{name}": "{text}' for name, text in zip(LETTERS[1:], others, strict=True))
-    return f"{start}{OPTIONS_START}{listed}{OPTIONS_END}{letter}{JSON_END}"
+    wrong = "".join(f'", "{name}": "{text}' for name, text in zip(LETTERS[1:], others, strict=True))
+    return f"{start}{OPTIONS_START}{span.answer}{wrong}{OPTIONS_END}{JSON_END}"
 
 
 def response_reply(task: Task, span: str, word: str, answer: str) -> str:
-    """What a responder writes: the question's words with the next word of the text, then its answer."""
-    return f"{QUOTE}{span}{THEN} {word}. {MARKERS[task]} {answer}."
+    """What a responder writes: the question's words, then its answer; before a letter, the next word of the text."""
+    found = f"{THEN} {word}" if task is Task.CHOICE else '"'
+    return f"{QUOTE}{span}{found}. {MARKERS[task]} {answer}."
 
 
 def guess_reply(task: Task, answer: str) -> str:
@@ -135,13 +136,10 @@ def _questioner(rng: random.Random, task: Task, documents: list[str], spans: lis
     span, *others = rng.sample(spans, remembered + 1)
     letter = rng.choice(LETTERS)
     history = [(cloze_question(task, other.words), other.answer) for other in others]
-    options: list[str] = []
-    if task is Task.CHOICE:
-        options, right = with_distractors(span.answer, documents, rng)
-        place, target = LETTERS.index(right), LETTERS.index(letter)
-        options[place], options[target] = options[target], options[place]
+    options = with_distractors(span.answer, documents, rng)[0] if task is Task.CHOICE else []
+    wrong = [option for option in options if option != span.answer]
     prompt = question_prompt(task, documents, history, letter)
-    return Lesson("questioner", task, prompt, proposal_reply(task, span, letter, options))
+    return Lesson("questioner", task, prompt, proposal_reply(task, span, wrong))
 
 
 def _responder(rng: random.Random, task: Task, documents: list[str], spans: list[Span], wrong: float) -> Lesson:
