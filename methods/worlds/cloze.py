@@ -8,7 +8,7 @@ import random
 import re
 import string
 
-from protocols.questions import LETTERS, Cluster, GoldQuestion, Task
+from protocols.questions import LETTERS, Cluster, GoldQuestion, Proposal, Task
 
 SPAN_WORDS = 4
 _QUESTION = re.compile(r'Which (word|number) follows "([^"]+)"\?')
@@ -45,6 +45,15 @@ def words_after(span: str, paragraphs: list[str]) -> set[str]:
             if words[i : i + len(wanted)] == wanted:
                 found.add(bare(words[i + len(wanted)]))
     return found - {""}
+
+
+def reference_right(proposal: Proposal, paragraphs: list[str]) -> bool | None:
+    """Whether a cloze question's reference is what follows its span; None for any other question."""
+    span = parse_cloze(proposal.question)
+    if span is None:
+        return None
+    answer = proposal.options[LETTERS.index(proposal.answer)] if proposal.options else proposal.answer
+    return any(same_word(answer, truth) for truth in words_after(span, paragraphs))
 
 
 def usable_spans(task: Task, paragraphs: list[str]) -> list[tuple[int, str, str]]:

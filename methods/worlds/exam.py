@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from methods.worlds.cloze import gold_cloze, parse_cloze, same_word, usable_spans, words_after
+from methods.worlds.cloze import gold_cloze, reference_right, usable_spans
 from methods.worlds.lessons import Pair, Span, draw_pair
 from protocols.messages import ChatMessage, Prompt, SamplingParams
 from protocols.policy import PolicyService, SampleRequest
 from protocols.prompts import response_prompt
 from protocols.questioner import ProposeRequest, QuestionerService
-from protocols.questions import LETTERS, Cluster, GoldQuestion, Proposal, ProposalStatus, Question, Task
+from protocols.questions import Cluster, GoldQuestion, Proposal, ProposalStatus, Question, Task
 from protocols.verifier import JudgeItem, JudgeRequest, VerifierService
 
 SAMPLES = 8
@@ -128,15 +128,6 @@ def proposal_measures(proposals: Sequence[Proposal], clusters: dict[str, Cluster
         "question_prompt_tokens": float(np.mean(lengths)),
         **{f"status_{name}": count / len(proposals) for name, count in status.items() if name != "ok"},
     }
-
-
-def reference_right(proposal: Proposal, paragraphs: list[str]) -> bool | None:
-    """Whether a cloze question's reference is what follows its span; None for any other question."""
-    span = parse_cloze(proposal.question)
-    if span is None:
-        return None
-    answer = proposal.options[LETTERS.index(proposal.answer)] if proposal.options else proposal.answer
-    return any(same_word(answer, truth) for truth in words_after(span, paragraphs))
 
 
 def draw_pairs(clusters: Sequence[Cluster], count: int, rng: random.Random) -> list[Pair]:

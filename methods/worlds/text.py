@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from methods.worlds.cloze import gold_cloze, parse_cloze, same_word, words_after
+from methods.worlds.cloze import gold_cloze, parse_cloze, reference_right
 from methods.worlds.documents import Document, Library, passages, read_documents, read_rows, similar_groups
 from protocols.errors import BadInput, describe_validation_error
 from protocols.questions import LETTERS, Cluster, GoldQuestion, Proposal, Question, Task
@@ -112,11 +112,7 @@ class TextWorld:
 
     def audit(self, cluster: Cluster, proposal: Proposal) -> bool | None:
         """Whether a cloze question's reference is what follows its span; None for any other question."""
-        span = parse_cloze(proposal.question)
-        if span is None:
-            return None
-        answer = proposal.options[LETTERS.index(proposal.answer)] if proposal.options else proposal.answer
-        return any(same_word(answer, truth) for truth in words_after(span, cluster.paragraphs))
+        return reference_right(proposal, cluster.paragraphs)
 
     def same(self, answer: str, reference: str) -> bool | None:
         """Unknown: real answers have many forms."""

@@ -1,20 +1,26 @@
 """The embedded model: its lessons, its tokenizer, the script that makes it, and the checkpoint that comes along."""
 
 import random
+from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer
 
+from actors.policy import loading
 from actors.proposals import parse_proposal
 from actors.rules import is_supported, parse_answer, rule_score
 from actors.votes import parse_vote
+from cluster.cluster import Cluster
+from methods.embedded import Config, heldout_clusters, make_exam
 from methods.worlds import corpus
 from methods.worlds.cloze import parse_cloze, same_word, usable_spans, words_after
 from methods.worlds.lessons import Lesson, Role, Span, draw_lesson, draw_pair, plain
 from methods.worlds.skeleton import Shape, fixed_tokens, train_tokenizer
+from protocols.policy import PolicyConfig
 from protocols.prompts import document_block
 from protocols.questions import LETTERS, ProposalStatus, Task
 
+EMBEDDED = Path(loading.__file__).parent / "embedded"
 RETRAIN = "the prompt templates have changed: train the checkpoint again (see actors/policy/embedded/README.md)"
 TINY = Shape(vocabulary=600, layers=1, width=16, heads=2, hidden=16, context=1024)
 
@@ -188,3 +194,26 @@ def test_digits_stand_alone(tokenizer: Tokenizer) -> None:
 def test_fixed_texts_are_one_token_each(tokenizer: Tokenizer) -> None:
     for text in fixed_tokens():
         assert len(tokenizer.encode(text).ids) == 1, text
+
+
+# The checkpoint
+
+
+def test_the_checkpoint_has_the_phrases_of_prompts_and_replies() -> None:
+    tokenizer = Tokenizer.from_file(str(EMBEDDED / "tokenizer.json"))
+    assert not [text for text in fixed_tokens() if len(tokenizer.encode(text).ids) != 1], RETRAIN
+
+
+@pytest.mark.slow
+async def test_the_checkpoint_plays_the_roles_on_text_that_it_was_not_trained_on(tmp_path: Path) -> None:
+    config = Config(runs_dir=str(tmp_path), test_questions=24)
+    async with Cluster(config, method="embedded", run="exam") as cluster:
+        policy = await cluster.policy(PolicyConfig(trainer=None, threads=1))
+        exam = await make_exam(cluster, policy, config)
+        clusters = heldout_clusters(Task.GENERAL)
+        measures = await exam.take(clusters, config.test_questions)
+    assert measures["readable"] >= 0.8
+    assert measures["references_right"] >= 0.5
+    assert measures["own_spread"] >= 0.4
+    assert 0.25 <= measures["gold_right"] <= 0.9
+    assert measures["verdict"] >= 0.6
