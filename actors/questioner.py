@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from actors.actor import Actor
 from actors.proposals import ParsedProposal, parse_proposal
-from actors.rules import is_supported, normalize
+from actors.rules import is_supported, misquoted, normalize
 from protocols.errors import BadInput
 from protocols.messages import ChatMessage, Completion, FinishReason, Prompt
 from protocols.policy import PolicyService, Sampled, SampleRequest, TokenizeRequest
@@ -195,8 +195,11 @@ class QuestionerActor(Actor, QuestionerService):
             if repeats(parsed.question, words, entry, self._config.duplicate_overlap):
                 return ProposalStatus.DUPLICATE, f"repeats: {entry.question}"
         shown = [cluster.paragraphs[i] for i in plan.evidence]
-        if self._config.require_support and not is_supported(cluster.task, words, shown):
-            return ProposalStatus.UNSUPPORTED, "the answer does not follow from the documents by rule"
+        if self._config.require_support:
+            if wrong := misquoted(parsed.question, shown):
+                return ProposalStatus.UNSUPPORTED, f"no document says: {wrong[0]}"
+            if not is_supported(cluster.task, words, shown):
+                return ProposalStatus.UNSUPPORTED, "the answer does not follow from the documents by rule"
         return ProposalStatus.OK, ""
 
     async def _check_answer_lengths(self, proposals: list[Proposal]) -> list[Proposal]:

@@ -28,6 +28,8 @@ Cover = Literal["tokens", "characters"]
 
 MAX_EXTRA_WORDS = 20
 """A free answer may have this many words more than its reference (SPELL section 4, item 4)."""
+FEWEST_QUOTED_WORDS = 3
+"""Shorter quotations in a question need not stand in the documents."""
 
 _MARKER = re.compile(r"\banswer\s+is\b[\s*]*:?", re.IGNORECASE)
 _BOXED = re.compile(r"\bboxed\s*\{")
@@ -73,6 +75,7 @@ _UNCHECKABLE = frozenset({
     "increased", "increases", "decrease", "decreased", "decreases", "rise", "rose", "fall", "fell", "up",
     "down", "of", "above", "it", "is", "was", "they", "them", "were", "than",
 })  # fmt: skip
+_QUOTED = re.compile(r'"(?!\s)([^"]+)(?<!\s)"')
 _ENUMERATION = re.compile(r"[,;]\s|\s(?:and|or)\s")
 
 
@@ -154,6 +157,18 @@ def is_supported(task: Task, answer: str, paragraphs: Sequence[str]) -> bool:
         return False
     parts = [part for part in _ENUMERATION.split(answer) if _words(part)]
     return _uncheckable(answer) or (len(parts) > 1 and all(map(evidence.supports, parts)))
+
+
+def misquoted(question: str, paragraphs: Sequence[str]) -> list[str]:
+    """Quotations in a question that stand in none of the documents: what it asks about is not there.
+
+    Like `is_supported`, a check that does not use the weights. Only quotations of at least three words count,
+    for shorter ones are often names or words in an unusual sense.
+    """
+    texts = [_joined(paragraph) for paragraph in paragraphs]
+    quoted = _QUOTED.findall(question.translate(_TYPOGRAPHIC))
+    long = [words for words in quoted if len(words.split()) >= FEWEST_QUOTED_WORDS]
+    return [words for words in long if not any(_joined(words) in text for text in texts)]
 
 
 class _Evidence:

@@ -27,7 +27,7 @@ class QuestionerConfig(Message):
     """Longest reference answer to a free question, in policy tokens."""
     require_support: bool = True
     """Refuse reference answers that neither occur in the shown documents nor follow from two of their
-    numbers: a check that does not use the weights."""
+    numbers, and questions that quote what no document says: checks that do not use the weights."""
     duplicate_overlap: float = Field(default=0.8, gt=0, le=1)
     """A question is a duplicate if it has the same words as a remembered one of its cluster, or the same
     answer and words that overlap (Jaccard) more than this."""

@@ -14,6 +14,7 @@ from actors.numbers import number_text
 from actors.rules import (
     covers,
     is_supported,
+    misquoted,
     normalize,
     parse_answer,
     reference_sentence,
@@ -350,6 +351,24 @@ def test_support_bears_absurd_units() -> None:
 def test_nothing_supports_nothing() -> None:
     assert not is_supported(GENERAL, "Paris", [])
     assert not is_supported(MATH, "12", [])
+
+
+@pytest.mark.parametrize(
+    ("question", "wrong"),
+    [
+        ('Which word follows "the quick brown"?', []),
+        ("Who said “The quick, BROWN fox”?", []),
+        ('Which word follows "the brown quick"?', ["the brown quick"]),
+        ('Is "quick brown dog" or "jumps over it" said?', ["quick brown dog"]),
+        ('What does "new normal" mean?', []),
+        ('What is 5" long, and 6" wide?', []),
+        ("No quotation here?", []),
+        ('Left "open at the end', []),
+    ],
+)
+def test_quotations_that_no_document_has(question: str, wrong: list[str]) -> None:
+    found = misquoted(question, ["A quick brown fox jumps", "over it. The quick brown fox jumps over it."])
+    assert found == wrong
 
 
 @given(st.lists(WORDS, max_size=3), WORDS, WORDS, WORDS)
