@@ -27,6 +27,9 @@ ARMS: dict[str, list[str]] = {
     "spoiled-0.5": ["steps=45", "ledger.wrong_references=0.5"],
     "spoiled-0.8": ["steps=45", "ledger.wrong_references=0.8"],
     "spoiled-0.95": ["steps=45", "ledger.wrong_references=0.95"],
+    # An abler responder has more to lose.
+    "spoiled-0.8-able": ["steps=45", "ledger.wrong_references=0.8", "ledger.responder_steps=450"],
+    "spoiled-0-able": ["steps=45", "ledger.responder_steps=450"],
 }
 Row = dict[str, float]
 
@@ -123,7 +126,7 @@ def claims(found: dict[str, dict[int, list[Row]]]) -> dict[str, dict[str, list[f
             "step 100": over("spell", lambda r: at(r, "audit/wrong", 100)),
         },
     }
-    for arm in ("spell", "spoiled-0.25", "spoiled-0.5", "spoiled-0.8", "spoiled-0.95"):
+    for arm in ("spell", *(name for name in ARMS if name.startswith("spoiled"))):
         table[f"start gate: {arm}, 45 updates"] = {
             "references right": over(arm, lambda r: at(r, "audit/right", 0)),
             "gold 1-hop before": over(arm, lambda r: at(r, one, 0)),

@@ -206,7 +206,7 @@ def test_the_checkpoint_has_the_phrases_of_prompts_and_replies() -> None:
 
 @pytest.mark.slow
 async def test_the_checkpoint_plays_the_roles_on_text_that_it_was_not_trained_on(tmp_path: Path) -> None:
-    config = Config(runs_dir=str(tmp_path), test_questions=24)
+    config = Config(runs_dir=str(tmp_path), test_questions=48)
     async with Cluster(config, method="embedded", run="exam") as cluster:
         policy = await cluster.policy(PolicyConfig(trainer=None, threads=1))
         exam = await make_exam(cluster, policy, config)
@@ -214,6 +214,6 @@ async def test_the_checkpoint_plays_the_roles_on_text_that_it_was_not_trained_on
         measures = await exam.take(clusters, config.test_questions)
     assert measures["readable"] >= 0.8
     assert measures["references_right"] >= 0.5
-    assert measures["own_spread"] >= 0.4
+    assert measures["gold_spread"] >= 0.3
     assert 0.25 <= measures["gold_right"] <= 0.9
     assert measures["verdict"] >= 0.6

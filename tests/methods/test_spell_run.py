@@ -1,6 +1,7 @@
 """Tiny runs in the fact ledger, with a real policy in this process."""
 
 import json
+import random
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from cluster.configure import configure
 from methods import spell
 from methods.spell_report import PANELS
 from methods.spell_rounds import Fate
+from methods.worlds import corpus
 
 pytestmark = pytest.mark.slow
 
@@ -142,3 +144,25 @@ async def test_the_gate_refuses_a_base_with_wrong_references(run: Run) -> None:
     assert [row["step"] for row in done.rows] == [0]
     assert done.finished.startswith("start gate: only")
     assert done.samples == []
+
+
+async def test_files_with_the_embedded_model(tmp_path: Path) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for i in range(12):
+        (texts / f"{i}.txt").write_text("\n\n".join(corpus.documents(random.Random(i), 3, 30, heldout=True)))
+    words = (
+        f"documents={texts}", f"runs_dir={tmp_path}", "run=files", "wandb=disabled", "steps=2",
+        "questions_per_step=4", "generation_batch=8", "chunk=8", "test_questions=24", "audit.proposals=10",
+        "audit.enforce=false",
+    )  # fmt: skip
+    config = configure(spell.Config, words, None, spell.preset)
+    async with Cluster(config, method="spell", run="files") as cluster:
+        await spell.run(cluster, config)
+        rows = cluster.metrics()
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert rows[0]["eval/gold"] > 0.1
+    for row in rows[1:]:
+        assert row["rounds/good"] >= 1
+        assert row["batch/responder"] == 8 * row["rounds/good"]
+        assert row["train/grad_norm"] > 0
