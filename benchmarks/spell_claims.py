@@ -27,9 +27,8 @@ ARMS: dict[str, list[str]] = {
     "spoiled-0.5": ["steps=45", "ledger.wrong_references=0.5"],
     "spoiled-0.8": ["steps=45", "ledger.wrong_references=0.8"],
     "spoiled-0.95": ["steps=45", "ledger.wrong_references=0.95"],
-    # An abler responder has more to lose.
+    # A responder that was taught for longer.
     "spoiled-0.8-able": ["steps=45", "ledger.wrong_references=0.8", "ledger.responder_steps=450"],
-    "spoiled-0-able": ["steps=45", "ledger.responder_steps=450"],
 }
 Row = dict[str, float]
 

@@ -49,9 +49,9 @@ Turns = list[tuple[str, str]]
 
 
 class Config(MethodConfig):
-    """How the embedded checkpoint is made. The defaults made the one that comes with the package."""
+    """How the embedded checkpoint is made."""
 
-    steps: int = Field(default=3400, ge=1)
+    steps: int = Field(default=5000, ge=1)
     """Optimiser steps."""
     shape: Shape = Shape()
     """Size of the model."""
