@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from actors.policy import loading
+from actors.policy.loading import EMBEDDED
 from actors.proposals import parse_proposal
 from actors.rules import is_supported, parse_answer, rule_score
 from actors.votes import parse_vote
@@ -20,7 +20,6 @@ from protocols.policy import PolicyConfig
 from protocols.prompts import document_block
 from protocols.questions import LETTERS, ProposalStatus, Task
 
-EMBEDDED = Path(loading.__file__).parent / "embedded"
 RETRAIN = "the prompt templates have changed: train the checkpoint again (see actors/policy/embedded/README.md)"
 TINY = Shape(vocabulary=600, layers=1, width=16, heads=2, hidden=16, context=1024)
 
@@ -214,6 +213,7 @@ async def test_the_checkpoint_plays_the_roles_on_text_that_it_was_not_trained_on
         measures = await exam.take(clusters, config.test_questions)
     assert measures["readable"] >= 0.8
     assert measures["references_right"] >= 0.5
+    assert measures["own_spread"] >= 0.4
     assert measures["gold_spread"] >= 0.3
     assert 0.25 <= measures["gold_right"] <= 0.9
     assert measures["verdict"] >= 0.6
