@@ -23,6 +23,7 @@ from protocols.policy import PolicyConfig, PolicyService
 from protocols.questioner import QuestionerConfig, QuestionerService
 from protocols.service import Service
 from protocols.verifier import VerifierConfig, VerifierService
+from protocols.workers import Rank, SamplerService, TrainerService
 
 S = TypeVar("S", bound=Service)
 
@@ -63,7 +64,9 @@ class Cluster:
     async def policy(self, config: PolicyConfig, *, name: str = "policy") -> PolicyService:
         """A policy. One with a trainer is part of every commit; a frozen one has nothing to commit."""
         if config.trainer is not None and config.resources.replicas > 1:
-            raise BadInput(f"{name}.resources.replicas: a policy that trains has one replica")
+            raise BadInput(f"{name}.resources.replicas: a policy that trains has one replica (see sampler.replicas)")
+        if config.split:
+            return await self._split_policy(config, name)
 
         def build() -> Actor:
             from actors.policy.policy import PolicyActor
@@ -71,6 +74,53 @@ class Cluster:
             return PolicyActor(config)
 
         return await self._spawn(PolicyService, name, build, config.resources, commit=config.trainer is not None)
+
+    async def _split_policy(self, config: PolicyConfig, name: str) -> PolicyService:
+        """A policy whose samplers and trainer ranks are processes of their own."""
+        assert config.trainer is not None
+        if config.trainer.workers > 1 and self.config.transport != "ray":
+            raise BadInput(f"{name}.trainer.workers: more than one rank needs transport=ray")
+
+        def build_sampler() -> Actor:
+            from actors.policy.sampler_worker import SamplerActor
+
+            return SamplerActor(config)
+
+        def build_rank(rank: Rank) -> Actor:
+            from actors.policy.trainer_worker import TrainerActor
+
+            return TrainerActor(config, rank, sampler)
+
+        def build() -> Actor:
+            from actors.policy.split_policy import SplitPolicyActor
+
+            return SplitPolicyActor(config, sampler, single, trainer)
+
+        own = config.resources.model_copy(update={"replicas": config.sampler.replicas})
+        sampler = await self._spawn(SamplerService, f"{name}-sampler", build_sampler, own, commit=False)
+        single = [
+            make_handle(SamplerService, transport, self.config.deadline_s)
+            for transport in self._started[f"{name}-sampler"]
+        ]
+        trainer = await self._spawn_ranks(f"{name}-trainer", build_rank, config.resources, config.trainer.workers)
+        # It only hands calls on, so it takes no core.
+        return await self._spawn(PolicyService, name, build, Resources())
+
+    async def _spawn_ranks(
+        self, name: str, build: Callable[[Rank], Actor], resources: Resources, workers: int
+    ) -> TrainerService:
+        """Start the ranks of a trainer and give back one handle to all of them."""
+        names = [f"{name}-{i}" for i in range(workers)]
+        self._reserve(name)
+        if self.config.transport == "ray":
+            from cluster.ray_transport import spawn_group
+
+            self._started[name] += await spawn_group(names, self._run, build, resources, self.config.deadline_s)
+        else:
+            self._started[name].append(await self._start_inline(names[0], lambda: build(Rank())))
+        handle = make_handle(TrainerService, Replicas(name, self._started[name]), self.config.deadline_s)
+        self._handles[name] = handle
+        return handle
 
     async def questioner(
         self, config: QuestionerConfig, policy: PolicyService, *, name: str = "questioner"
@@ -106,14 +156,9 @@ class Cluster:
         commit: bool = True,
     ) -> S:
         """Start the replicas of an actor and give back one handle to them."""
-        if name in self._started:
-            raise BadInput(f"there is an actor {name!r} in this run already")
         count = resources.replicas
         names = [name] if count == 1 else [f"{name}-{i}" for i in range(count)]
-        if self.config.transport == "ray":
-            self._connect()
-        self._started[name] = []
-        self._open.push_async_callback(self.stop, name)
+        self._reserve(name)
         try:
             for replica in names:
                 self._started[name].append(await self._start_one(replica, build, resources))
@@ -127,11 +172,23 @@ class Cluster:
             self._committed[name] = handle
         return handle
 
+    def _reserve(self, name: str) -> None:
+        """Make sure that the actor is new, and stopped with the run. Joins Ray if that carries the calls."""
+        if name in self._started:
+            raise BadInput(f"there is an actor {name!r} in this run already")
+        if self.config.transport == "ray":
+            self._connect()
+        self._started[name] = []
+        self._open.push_async_callback(self.stop, name)
+
     async def _start_one(self, name: str, build: Callable[[], Actor], resources: Resources) -> Transport:
         if self.config.transport == "ray":
             from cluster.ray_transport import spawn
 
             return await spawn(name, self._run, build, resources, self.config.deadline_s)
+        return await self._start_inline(name, build)
+
+    async def _start_inline(self, name: str, build: Callable[[], Actor]) -> Transport:
         try:
             actor = build()
         except Exception as error:

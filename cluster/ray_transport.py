@@ -10,7 +10,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,6 +19,7 @@ from actors.actor import Actor, answer, answer_stream, start
 from protocols.errors import BadInput, DeadlineExceeded, Internal, RepertoryError, Unavailable, classify
 from protocols.placement import Resources
 from protocols.service import Message, Method
+from protocols.workers import Rank
 
 # Concurrency is bounded by the actor itself (a policy works on one thread); Ray must not add a queue to it.
 MAX_CONCURRENCY = 1000
@@ -31,14 +32,22 @@ logger = logging.getLogger(__name__)
 class ActorHost:
     """Runs inside the Ray actor. Errors go back as values, because Ray would change their type and text."""
 
-    def __init__(self, build: Callable[[], Actor]) -> None:
+    def __init__(self, build: Callable[..., Actor]) -> None:
         self._build = build
         self._actor: Actor
 
-    async def start(self) -> RepertoryError | None:
+    async def meeting_point(self) -> str:
+        """HOST:PORT on this node where a group of workers can meet."""
+        import ray
+
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return f"{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
+
+    async def start(self, *arguments: Message) -> RepertoryError | None:
         """Build the actor and set it up; an error is returned."""
         try:
-            self._actor = self._build()
+            self._actor = self._build(*arguments)
             await start(self._actor)
         # Building imports what the actor needs, which may fail in any way.
         except Exception as error:  # noqa: BLE001
@@ -126,6 +135,38 @@ async def spawn(
     name: str, namespace: str, build: Callable[[], Actor], resources: Resources, deadline_s: float = 3600.0
 ) -> RayTransport:
     """Start a named Ray actor and set up what it hosts, within the deadline. Raises what the set-up raised."""
+    transport = _create(name, namespace, build, resources)
+    await _or_kill([transport], _set_up(transport, resources, deadline_s))
+    return transport
+
+
+async def spawn_group(
+    names: Sequence[str],
+    namespace: str,
+    build: Callable[[Rank], Actor],
+    resources: Resources,
+    deadline_s: float = 3600.0,
+) -> list[RayTransport]:
+    """Start the ranks of a worker group: all must be placed before the first sets up, which waits for the others."""
+    transports = [_create(name, namespace, build, resources) for name in names]
+
+    async def set_up() -> None:
+        async with asyncio.timeout(deadline_s), asyncio.TaskGroup() as group:
+            for transport in transports:
+                group.create_task(_placed(transport, resources))
+        address = await transports[0]._host.meeting_point.remote()
+        ranks = [Rank(index=i, world=len(names), address=address) for i in range(len(names))]
+        pairs = zip(transports, ranks, strict=True)
+        calls = (_set_up(transport, resources, deadline_s, rank) for transport, rank in pairs)
+        failures = [one for one in await asyncio.gather(*calls, return_exceptions=True) if one is not None]
+        if failures:
+            raise failures[0]
+
+    await _or_kill(transports, set_up())
+    return transports
+
+
+def _create(name: str, namespace: str, build: Callable[..., Actor], resources: Resources) -> RayTransport:
     import ray
 
     options = {
@@ -145,21 +186,28 @@ async def spawn(
     transport = RayTransport(name, namespace)
     # The named actor lives as long as a handle to it does, so the transport must hold this one.
     transport.__dict__["_host"] = host
-    try:
-        await _set_up(transport, resources, deadline_s)
-    except BaseException:
-        ray.kill(host)
-        raise
     return transport
 
 
-async def _set_up(transport: RayTransport, resources: Resources, deadline_s: float) -> None:
+async def _or_kill(transports: Sequence[RayTransport], work: Coroutine[Any, Any, None]) -> None:
+    """Leave no process behind if the work fails."""
+    import ray
+
+    try:
+        await work
+    except BaseException:
+        for transport in transports:
+            ray.kill(transport._host)
+        raise
+
+
+async def _set_up(transport: RayTransport, resources: Resources, deadline_s: float, *arguments: Message) -> None:
     import ray
 
     try:
         async with asyncio.timeout(deadline_s):
             await _placed(transport, resources)
-            failure = await transport._host.start.remote()
+            failure = await transport._host.start.remote(*arguments)
     except ray.exceptions.RayError as error:
         raise transport._translated(error) from error
     except TimeoutError:

@@ -51,7 +51,8 @@ class Replicas:
         answers = await asyncio.gather(*calls, return_exceptions=True)
         failures = [answer for answer in answers if isinstance(answer, BaseException)]
         if failures:
-            raise failures[0]
+            # One that is gone explains what the others ran into.
+            raise next((one for one in failures if isinstance(one, Unavailable)), failures[0])
         return cast(Message, answers[0])
 
     def _least_loaded(self, excluded: set[int]) -> int:

@@ -244,11 +244,12 @@ async def learn(
             chosen = [rows[i] for i in sorted(piece)]
             report = await policy.forward_backward(ForwardBackwardRequest(rows=chosen, losses=losses))
             update = await policy.optim_step(OptimStepRequest())
-    await policy.publish(Empty())
+    published = await policy.publish(Empty())
     metrics = {
         "train/loss": report.loss,
         "train/grad_norm": update.grad_norm,
         "train/lr": update.learning_rate,
+        "train/publish_gap": published.gap,
     }
     for term, values in report.terms.items():
         metrics |= {f"train/{term}_{name}": value for name, value in values.metrics.items()}

@@ -29,8 +29,8 @@ from protocols.service import Service
 
 FOLDER = Path(__file__).parent / "proto"
 WIDTH = 100
-# It defines no service and needs grpc, which writing the files must not.
-_CLIENT = "client"
+# The client needs grpc, which writing the files must not; workers move weights, which never leave a cluster.
+_NOT_PUBLISHED = ("client", "workers")
 
 _OPEN = re.compile(r"(message|enum|service) (\w+) \{\}?")
 _ENTRY = re.compile(r" +(?:(optional|repeated) )?(?:(\w+|map<string, \w+>) )?(\w+) = (\d+);")
@@ -39,8 +39,8 @@ _OTHER = re.compile(r"|(syntax|package|import) .*;| *//.*|  rpc .*;|  oneof \w+ 
 
 
 def services() -> list[type[Service]]:
-    """Every service class with a kind that a module of protocols/ defines."""
-    names = [info.name for info in pkgutil.iter_modules(protocols.__path__) if info.name != _CLIENT]
+    """Every service class with a kind that a module of protocols/ defines, but for those inside of an actor."""
+    names = [info.name for info in pkgutil.iter_modules(protocols.__path__) if info.name not in _NOT_PUBLISHED]
     modules = [importlib.import_module(f"protocols.{name}") for name in names]
     return [
         value

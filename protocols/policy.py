@@ -34,6 +34,14 @@ class LoRAConfig(Message):
 class TrainerConfig(Message):
     """AdamW on one or more loss terms."""
 
+    engine: Literal["torch", "deepspeed"] = "torch"
+    """`torch`: every rank holds the whole model. `deepspeed`: ZeRO shards it over the ranks."""
+    workers: int = Field(default=1, ge=1)
+    """Ranks that train together, each in a process of its own; more than one needs transport=ray."""
+    zero_stage: Literal[1, 2, 3] = 2
+    """Of deepspeed: shard the optimiser (1), the gradients too (2), the weights too (3)."""
+    offload: bool = False
+    """Of deepspeed: keep optimiser state, and the weights of stage 3, in the machine's memory."""
     learning_rate: float = Field(default=2e-6, ge=0)
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -63,6 +71,10 @@ class TrainerConfig(Message):
 class SamplerConfig(Message):
     """The transformers sampler. One call is one batch, so the same call gives the same bits anywhere."""
 
+    replicas: int = Field(default=1, ge=1)
+    """Samplers of a policy that trains; from 2 on they live apart from the trainer, and `publish` moves weights."""
+    publish_tolerance: float = Field(default=0.05, gt=0)
+    """Largest difference, in nats, between a sampler's and the trainer's log-prob of a token after a publication."""
     max_batch_rows: int = Field(default=512, ge=1)
     """Most completions that are decoded side by side."""
     max_batch_tokens: int = Field(default=262144, ge=1)
@@ -92,7 +104,14 @@ class PolicyConfig(Message):
     lora: LoRAConfig | None = None
     """Train an adapter instead of all weights."""
     resources: Resources = Resources(cpus=1)
-    """What one replica takes on a cluster."""
+    """What one replica takes on a cluster; where samplers and trainer live apart, what each process takes."""
+
+    @property
+    def split(self) -> bool:
+        """Whether sampler and trainer live apart instead of sharing one module in one process."""
+        if self.trainer is None:
+            return False
+        return self.trainer.engine != "torch" or self.trainer.workers > 1 or self.sampler.replicas > 1
 
 
 class PolicyInfo(Message):
@@ -211,6 +230,10 @@ class PublishResponse(Message):
 
     version: int
     """Weight version that every sampler now has."""
+    gap: float = 0.0
+    """Largest difference between a sampler's and the trainer's log-prob of a probed token, in nats."""
+    bytes: int = 0
+    """Size of what was moved; 0 when sampler and trainer share their weights."""
 
 
 class PolicyService(Service):

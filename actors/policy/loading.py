@@ -44,11 +44,14 @@ class Loaded:
         return int(self.tokenizer.pad_token_id or 0)
 
 
-def load(config: PolicyConfig) -> Loaded:
-    """Load the model of a policy onto its device. Raises BadInput when there is no such model."""
+def load(config: PolicyConfig, *, frozen: bool = False) -> Loaded:
+    """Load the model of a policy onto its device. Raises BadInput when there is no such model.
+
+    `frozen`: as it is trained, adapter included, but to be sampled from alone.
+    """
     device = device_of(config.device)
     source = resolve(config.model)
-    trainable = config.trainer is not None
+    trainable = config.trainer is not None and not frozen
     frozen_half = config.dtype == "bfloat16" and not trainable
     dtype = torch.bfloat16 if frozen_half else torch.float32
     try:
@@ -56,10 +59,11 @@ def load(config: PolicyConfig) -> Loaded:
         model = _random_model(source, config.seed, dtype) if config.init == "random" else pretrained(source, dtype)
     except UNREADABLE as error:
         raise BadInput(f"model: cannot load {config.model!r}: {_first_line(error)}") from error
-    if config.lora is not None and trainable:
+    if config.lora is not None and config.trainer is not None:
         model = _with_adapter(model, config.lora, config.seed)
     else:
-        model.requires_grad_(trainable)
+        # A sampler's copy says the same as the trainer's: it decides on kernels, so on the last bits.
+        model.requires_grad_(config.trainer is not None)
     model.to(device).eval()
     return Loaded(model, tokenizer, _eos_ids(model, tokenizer), _context_length(model), trainable)
 

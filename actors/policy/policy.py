@@ -21,7 +21,7 @@ from actors.policy.chat import encode
 from actors.policy.loading import Loaded, load
 from actors.policy.torch_trainer import TorchTrainer
 from actors.policy.transformers_sampler import EncodedPrompt, OnToken, Row, TransformersSampler
-from actors.policy.weights import read_weights, write_model
+from actors.policy.weights import files_of, read_weights, write_model
 from protocols.errors import BadInput, Stale
 from protocols.messages import Completion, Prompt
 from protocols.policy import (
@@ -70,14 +70,17 @@ class PolicyActor(Actor, PolicyService):
         await self._run(self._load)
 
     def _load(self) -> None:
-        torch.set_num_threads(self._config.threads or len(os.sched_getaffinity(0)))
-        self._loaded = load(self._config)
-        check_cache(self._loaded.model)
-        self._sampler = TransformersSampler(self._loaded, self._config.sampler)
+        self._load_sampler(frozen=False)
         if self._config.trainer is not None:
             self._trainer = TorchTrainer(
                 self._loaded.model, self._config.trainer, seed=self._config.seed, autocast=self._autocast
             )
+
+    def _load_sampler(self, *, frozen: bool) -> None:
+        torch.set_num_threads(self._config.threads or len(os.sched_getaffinity(0)))
+        self._loaded = load(self._config, frozen=frozen)
+        check_cache(self._loaded.model)
+        self._sampler = TransformersSampler(self._loaded, self._config.sampler)
 
     async def close(self) -> None:
         """Stop the worker thread; samples that are still running end early."""
@@ -185,18 +188,18 @@ class PolicyActor(Actor, PolicyService):
         return await self._run(lambda: self._load_from(Path(request.path), request.training_state))
 
     def _save(self, directory: Path, training_state: bool) -> CheckpointResponse:
-        write_model(self._loaded, directory, whole=not training_state)
-        if training_state and self._trainer:
-            self._trainer.save(directory)
-        return CheckpointResponse(files=_files(directory))
+        if self._trainer:
+            self._trainer.write(self._loaded, directory, training_state)
+        else:
+            write_model(self._loaded, directory, whole=not training_state)
+        return CheckpointResponse(files=files_of(directory))
 
     def _load_from(self, directory: Path, training_state: bool) -> CheckpointResponse:
-        read_weights(self._loaded, directory)
-        # Gradients of the weights that were there must not become a step of these.
-        self._loaded.model.zero_grad()
-        if training_state and self._trainer:
-            self._trainer.load(directory)
-        return CheckpointResponse(files=_files(directory))
+        if self._trainer:
+            self._trainer.read(self._loaded, directory, training_state)
+        else:
+            read_weights(self._loaded, directory)
+        return CheckpointResponse(files=files_of(directory))
 
     def _sample(
         self,
@@ -214,10 +217,7 @@ class PolicyActor(Actor, PolicyService):
             )
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        """The precision of every forward pass, of sampler and trainer alike."""
-        if self._config.dtype == "float32" or not self._loaded.trainable:
-            return nullcontext()
-        return torch.autocast(self._loaded.model.device.type, dtype=torch.bfloat16)
+        return precision(self._config, self._loaded)
 
     def _in_context(self, work: Callable[[], Result]) -> Callable[[], Result]:
         def run() -> Result:
@@ -256,6 +256,13 @@ class PolicyActor(Actor, PolicyService):
         return self._trainer
 
 
+def precision(config: PolicyConfig, loaded: Loaded) -> AbstractContextManager[Any]:
+    """The precision of every forward pass, of sampler and trainer alike."""
+    if config.dtype == "float32" or not loaded.trainable:
+        return nullcontext()
+    return torch.autocast(loaded.model.device.type, dtype=torch.bfloat16)
+
+
 def _delta(row: Row, text: str, version: int) -> SampleDelta:
     return SampleDelta(
         prompt_index=row.prompt,
@@ -266,7 +273,3 @@ def _delta(row: Row, text: str, version: int) -> SampleDelta:
         versions=Tensor(np.asarray([version]), "int32"),
         finish_reason=row.finish,
     )
-
-
-def _files(directory: Path) -> list[str]:
-    return sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())

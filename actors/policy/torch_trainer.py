@@ -1,9 +1,10 @@
-"""The trainer in one process: gradients over micro-batches, AdamW, schedule."""
+"""The trainer: gradients over micro-batches, AdamW, schedule; alone or as one of several ranks."""
 
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,11 @@ import torch
 from numpy.typing import NDArray
 
 from actors.policy.forward import logits_of, logprobs_and_entropy
+from actors.policy.loading import Loaded
 from actors.policy.loss_functions import TokenBatch, TokenLoss, token_loss
-from actors.policy.microbatch import by_length, pad_right
+from actors.policy.microbatch import pad_right
+from actors.policy.ranks import gathered, shares, sum_gradients
+from actors.policy.weights import read_weights, write_model
 from protocols.errors import BadInput, Corrupt
 from protocols.losses import GRPOLoss, LossSpec
 from protocols.policy import TrainerConfig
@@ -26,8 +30,10 @@ from protocols.training import (
     TermReport,
     TrainRow,
 )
+from protocols.workers import Rank
 
 Array = NDArray[np.float32]
+ALONE = Rank()
 
 
 class TorchTrainer:
@@ -40,10 +46,12 @@ class TorchTrainer:
         *,
         seed: int = 0,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        rank: Rank = ALONE,
     ) -> None:
-        self._model = model
+        self.model = model
         self._config = config
         self._seed = seed % 2**64
+        self._rank = rank
         self._autocast = autocast
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(
@@ -57,43 +65,55 @@ class TorchTrainer:
     def forward_backward(self, request: ForwardBackwardRequest) -> ForwardBackwardResponse:
         """Add the gradient of the batch loss to what is accumulated.
 
-        Each term is divided by its count over the whole batch, so the result does not depend on how the
-        batch is cut. Raises BadInput when a row lacks what one of its terms needs, or is all prompt. A call
-        that fails clears the gradients.
+        Each rank is given the whole batch and takes its share. Each term is divided by its count over the whole
+        batch, so the result does not depend on how the batch is cut. Raises BadInput when a row lacks what one
+        of its terms needs, or is all prompt. A call that fails clears the gradients.
         """
         check_rows(request)
         counts = term_counts(request)
         sums = Sums()
         lengths = [len(row.tokens) for row in request.rows]
-        groups = by_length(lengths, self._config.micro_batch_tokens)
+        cut = shares(lengths, self._config.micro_batch_tokens, self._rank.world)
         with self._training():
-            for group in groups:
+            for group in cut[self._rank.index]:
                 rows = [request.rows[i] for i in group]
                 self._micro_batch(rows, request.losses, counts, sums)
-        return sums.response(request.losses, counts, tokens=sum(lengths), micro_batches=len(groups))
+            for _ in range(len(cut[0]) - len(cut[self._rank.index])):
+                self._keep_in_step(request, counts)
+        total = Sums.of(gathered(sums))
+        return total.response(request.losses, counts, tokens=sum(lengths), micro_batches=sum(map(len, cut)))
+
+    def _keep_in_step(self, request: ForwardBackwardRequest, counts: dict[str, float]) -> None:
+        """Called when another rank has a micro-batch more."""
 
     @contextmanager
     def _training(self) -> Iterator[None]:
         """Training mode. Dropout, if the model has any, must not depend on what ran in this process before."""
-        self._model.train()
+        self.model.train()
         try:
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(int(np.random.SeedSequence((self._seed, self.version)).generate_state(1)[0]))
+                seed = np.random.SeedSequence((self._seed, self.version, self._rank.index))
+                torch.manual_seed(int(seed.generate_state(1)[0]))
                 yield
         except BaseException:
             # Part of a batch must never become a step.
-            self._optimizer.zero_grad()
+            self.forget()
             raise
         finally:
-            self._model.eval()
+            self.model.eval()
 
     def _micro_batch(
-        self, rows: Sequence[TrainRow], losses: dict[str, LossSpec], counts: dict[str, float], sums: "Sums"
+        self,
+        rows: Sequence[TrainRow],
+        losses: dict[str, LossSpec],
+        counts: dict[str, float],
+        sums: "Sums",
+        factor: float = 1.0,
     ) -> None:
         weights = {name: padded(rows, [row.terms.get(name) for row in rows]) for name in losses}
         wanted_BT = np.any([array != 0 for array in weights.values()], axis=0)
         with self._autocast():
-            logits, targets, positions = logits_of(self._model, [row.tokens.array for row in rows], wanted_BT)
+            logits, targets, positions = logits_of(self.model, [row.tokens.array for row in rows], wanted_BT)
         bonus = any(isinstance(spec, GRPOLoss) and spec.entropy_coef for spec in losses.values())
         predictions = {
             temperature: logprobs_and_entropy(logits, targets, temperature, entropy_gradient=bonus)
@@ -106,16 +126,24 @@ class TorchTrainer:
             reduced = reduce_term(spec, per_token.loss_BT, weights_BK)
             sums.add(name, float(reduced.detach()), per_token, weights_BK)
             total = total + spec.coef * reduced / (counts[name] or 1.0)
-        torch.autograd.backward(total)
+        self._backward(total * factor)
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        torch.autograd.backward(loss)
+
+    def forget(self) -> None:
+        """Drop the accumulated gradients."""
+        self._optimizer.zero_grad()
 
     def optim_step(self, request: OptimStepRequest) -> OptimStepResponse:
         """Clip, step, advance the schedule, clear the gradients.
 
         Raises Corrupt, clears the gradients and leaves the weights alone, if the gradient is not finite.
         """
-        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self._config.grad_clip))
+        sum_gradients(self._parameters)
+        norm = self._clipped()
         if not math.isfinite(norm):
-            self._optimizer.zero_grad()
+            self.forget()
             raise Corrupt(f"the gradient at weight version {self.version} has norm {norm}; no step was taken")
         rate = self._optimizer.param_groups[0]["lr"]
         if request.learning_rate is not None:
@@ -128,18 +156,42 @@ class TorchTrainer:
         self.version += 1
         return OptimStepResponse(version=self.version, grad_norm=norm, learning_rate=rate)
 
-    def save(self, directory: Path) -> None:
-        """Write optimiser, schedule and version to `trainer.pt`."""
-        state = {
-            "optimizer": self._optimizer.state_dict(),
-            "schedule": self._schedule.state_dict(),
-            "version": self.version,
-        }
-        torch.save(state, directory / "trainer.pt")
+    def _clipped(self) -> float:
+        """Scale the gradients down to `grad_clip`. Returns their norm before, which float32 would miss by 2e-5."""
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
+        norm = torch.linalg.vector_norm(torch.stack(norms))
+        torch.nn.utils.clip_grads_with_norm_(self._parameters, self._config.grad_clip, norm)
+        return float(norm)
 
-    def load(self, directory: Path) -> None:
-        """Take back what `save` wrote. Raises Corrupt when the file is missing or broken."""
-        file = directory / "trainer.pt"
+    def buckets(self, limit: int) -> Iterator[dict[str, torch.Tensor]]:
+        """The trained weights by name, in pieces of about `limit` bytes. All ranks must exhaust it together."""
+        trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+        for piece in in_pieces(trained, limit):
+            yield {name: parameter.detach() for name, parameter in piece}
+
+    def write(self, loaded: Loaded, directory: Path, training_state: bool) -> None:
+        """Rank 0 writes model and tokenizer in Hugging Face format, and what training needs beside them."""
+        if self._rank.index:
+            return
+        write_model(loaded, directory, whole=not training_state)
+        if training_state:
+            state = {
+                "optimizer": self._optimizer.state_dict(),
+                "schedule": self._schedule.state_dict(),
+                "version": self.version,
+            }
+            torch.save(state, directory / "trainer.pt")
+
+    def read(self, loaded: Loaded, directory: Path, training_state: bool) -> None:
+        """Take back what `write` wrote. Raises Corrupt when a file is missing or broken."""
+        read_weights(loaded, directory)
+        # Gradients of the weights that were there must not become a step of these.
+        self.forget()
+        if training_state:
+            self._read_state(directory / "trainer.pt")
+
+    def _read_state(self, file: Path) -> None:
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
             self._optimizer.load_state_dict(state["optimizer"])
@@ -147,6 +199,27 @@ class TorchTrainer:
             self.version = int(state["version"])
         except Exception as error:
             raise Corrupt(f"{file} is not a saved trainer: {error}") from error
+
+
+def in_pieces(
+    named: Sequence[tuple[str, torch.nn.Parameter]], limit: int
+) -> Iterator[list[tuple[str, torch.nn.Parameter]]]:
+    """Parameters in their order, cut where a piece would exceed `limit` bytes; a larger one goes alone."""
+    piece: list[tuple[str, torch.nn.Parameter]] = []
+    size = 0
+    for name, parameter in named:
+        own = full_size(parameter) * parameter.element_size()
+        if piece and size + own > limit:
+            yield piece
+            piece, size = [], 0
+        piece.append((name, parameter))
+        size += own
+    yield piece
+
+
+def full_size(parameter: torch.nn.Parameter) -> int:
+    """Number of weights, also of a parameter of which this rank holds a shard (ZeRO-3)."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def rate_share(config: TrainerConfig, step: int) -> float:
@@ -165,7 +238,7 @@ class Sums:
     def __init__(self) -> None:
         self._loss: dict[str, float] = defaultdict(float)
         self._tokens: dict[str, float] = defaultdict(float)
-        self._metrics: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+        self._metrics: dict[str, dict[str, float]] = defaultdict(partial(defaultdict, float))
 
     def add(self, term: str, loss: float, per_token: TokenLoss, weights_BK: torch.Tensor) -> None:
         """Add one micro-batch of one term."""
@@ -174,6 +247,18 @@ class Sums:
         self._tokens[term] += float(present_BK.sum())
         for name, values_BK in per_token.metrics.items():
             self._metrics[term][name] += float(values_BK[present_BK].double().sum())
+
+    @classmethod
+    def of(cls, parts: Sequence["Sums"]) -> "Sums":
+        """The sums of all ranks."""
+        total = cls()
+        for part in parts:
+            for term, loss in part._loss.items():
+                total._loss[term] += loss
+                total._tokens[term] += part._tokens[term]
+                for name, value in part._metrics[term].items():
+                    total._metrics[term][name] += value
+        return total
 
     def response(
         self, losses: dict[str, LossSpec], counts: dict[str, float], *, tokens: int, micro_batches: int

@@ -11,12 +11,17 @@ from actors.policy.loading import UNREADABLE, Loaded, pretrained
 from protocols.errors import Corrupt
 
 
-def write_model(loaded: Loaded, directory: Path, *, whole: bool) -> None:
-    """Write model and tokenizer. A model with an adapter writes the adapter alone unless `whole`, then merged."""
+def write_model(
+    loaded: Loaded, directory: Path, *, whole: bool, state: dict[str, torch.Tensor] | None = None
+) -> None:
+    """Write model and tokenizer. A model with an adapter writes the adapter alone unless `whole`, then merged.
+
+    `state` holds the weights when the module itself has only shards of them.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     model = loaded.model
     if not isinstance(model, PeftModel):
-        model.save_pretrained(directory)
+        model.save_pretrained(directory, state_dict=state)
     elif whole:
         copy.deepcopy(model).merge_and_unload().save_pretrained(directory)
     else:
@@ -44,3 +49,8 @@ def _read_adapter(model: PeftModel, directory: Path) -> None:
     if different:
         raise ValueError(f"{len(different)} weights of the adapter differ by name, such as {min(different)}")
     set_peft_model_state_dict(model, saved)
+
+
+def files_of(directory: Path) -> list[str]:
+    """All files below a directory, relative to it, sorted."""
+    return sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())

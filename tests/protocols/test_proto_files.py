@@ -45,7 +45,8 @@ def test_every_service_module_is_published() -> None:
     defining = {
         path.stem for path in Path(codegen.__file__).parent.glob("*.py") if "(Service):" in path.read_text("utf-8")
     }
-    assert defining == {service.__module__.removeprefix("protocols.") for service in SERVICES}
+    # The workers of a policy move weights, which never leave a cluster.
+    assert defining - {"workers"} == {service.__module__.removeprefix("protocols.") for service in SERVICES}
     assert {service.kind for service in SERVICES} >= {"policy", "questioner", "verifier"}
 
 

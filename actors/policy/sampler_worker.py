@@ -1,0 +1,60 @@
+"""A sampler of a policy whose trainer lives elsewhere: a frozen policy that takes new weights."""
+
+import torch
+
+from actors.policy.policy import PolicyActor
+from protocols.errors import Corrupt
+from protocols.policy import PolicyConfig
+from protocols.service import Empty
+from protocols.tensor import Tensor
+from protocols.workers import SamplerService, WeightBucket
+
+
+class SamplerActor(PolicyActor, SamplerService):
+    """Holds the buckets of a new version until it is complete; they take no memory of the device meanwhile."""
+
+    def __init__(self, config: PolicyConfig) -> None:
+        super().__init__(config)
+        self._published = 0
+        self._held: dict[str, Tensor] = {}
+
+    def _load(self) -> None:
+        self._load_sampler(frozen=True)
+
+    @property
+    def version(self) -> int:
+        """The version that was published last."""
+        return self._published
+
+    async def receive(self, request: WeightBucket) -> Empty:
+        """Hold the tensors; with the last bucket switch to them between two batches."""
+        self._held.update(request.tensors)
+        if request.last:
+            held, self._held = self._held, {}
+            await self._run(lambda: self._switch(held, request.version))
+        return Empty()
+
+    def _switch(self, tensors: dict[str, Tensor], version: int) -> None:
+        parameters = self._replaceable()
+        check_complete({n: t.shape for n, t in tensors.items()}, {n: tuple(p.shape) for n, p in parameters.items()})
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(tensors[name].torch())
+        self._published = version
+
+    def _replaceable(self) -> dict[str, torch.nn.Parameter]:
+        """What the trainer trains: all weights, or the adapter's alone."""
+        named = dict(self._loaded.model.named_parameters())
+        if self._config.lora is None:
+            return named
+        return {name: parameter for name, parameter in named.items() if "lora_" in name}
+
+
+def check_complete(sent: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:
+    """Raise Corrupt that names the first tensor which is missing, unknown or of another shape."""
+    for name in sorted(sent.keys() | expected.keys()):
+        if sent.get(name) != expected.get(name):
+            raise Corrupt(
+                f"publication: the trainer sent {name} as {sent.get(name, 'nothing')}, the sampler has"
+                f" {expected.get(name, 'nothing')} there; it keeps its old weights"
+            )

@@ -1,0 +1,151 @@
+"""One rank of a policy's trainer, in a process of its own."""
+
+import asyncio
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from actors.actor import Actor
+from actors.policy import forward, ranks
+from actors.policy.loading import Loaded, load
+from actors.policy.policy import precision
+from actors.policy.torch_trainer import TorchTrainer, full_size
+from actors.policy.weights import files_of
+from protocols.policy import PolicyConfig, ScoreRequest, ScoreResponse
+from protocols.service import CheckpointRequest, CheckpointResponse, Empty, HealthRequest, HealthResponse
+from protocols.tensor import Tensor
+from protocols.training import (
+    ForwardBackwardRequest,
+    ForwardBackwardResponse,
+    OptimStepRequest,
+    OptimStepResponse,
+)
+from protocols.workers import (
+    PushResponse,
+    Rank,
+    SamplerService,
+    TrainerInfo,
+    TrainerService,
+    WeightBucket,
+)
+
+BUCKET = 64 << 20
+"""Bytes of weights that travel in one message."""
+Result = TypeVar("Result")
+
+
+class TrainerActor(Actor, TrainerService):
+    """Loads the model, meets the other ranks, and works on one thread, call after call."""
+
+    def __init__(self, config: PolicyConfig, rank: Rank, sampler: SamplerService) -> None:
+        super().__init__()
+        assert config.trainer is not None
+        self._config = config
+        self._trainer_config = config.trainer
+        self._rank = rank
+        self._sampler = sampler
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="trainer")
+        self._loaded: Loaded
+        self._trainer: TorchTrainer
+
+    async def setup(self) -> None:
+        """Load the model and meet the other ranks. Raises BadInput as the policy does."""
+        await self._run(self._load)
+
+    def _load(self) -> None:
+        torch.set_num_threads(self._config.threads or len(os.sched_getaffinity(0)))
+        self._loaded = load(self._config)
+        if self._rank.world > 1 or self._trainer_config.engine == "deepspeed":
+            ranks.join(self._rank, self._loaded.model.device)
+        options: dict[str, Any] = {"seed": self._config.seed, "rank": self._rank}
+        if self._trainer_config.engine == "torch":
+            self._trainer = TorchTrainer(self._loaded.model, self._trainer_config, autocast=self._autocast, **options)
+            return
+        from actors.policy.deepspeed_trainer import DeepSpeedTrainer
+
+        half = self._config.dtype == "bfloat16"
+        self._trainer = DeepSpeedTrainer(self._loaded.model, self._trainer_config, half=half, **options)
+
+    async def close(self) -> None:
+        """Stop the worker thread and leave the group."""
+        await super().close()
+        await asyncio.to_thread(self._worker.shutdown, wait=True, cancel_futures=True)
+        ranks.leave(self._rank)
+
+    async def health(self, request: HealthRequest) -> HealthResponse:
+        """Say whether the rank can serve, and with which weights."""
+        return HealthResponse(kind=self.kind, ready=self._ready, version=self._trainer.version)
+
+    async def info(self, request: Empty) -> TrainerInfo:
+        """Facts about what is trained."""
+        trained = sum(full_size(p) for p in self._loaded.model.parameters() if p.requires_grad)
+        return TrainerInfo(version=self._trainer.version, trainable_parameters=trained)
+
+    async def forward_backward(self, request: ForwardBackwardRequest) -> ForwardBackwardResponse:
+        """Take the rank's share of the rows and add their gradient."""
+        return await self._run(lambda: self._trainer.forward_backward(request))
+
+    async def optim_step(self, request: OptimStepRequest) -> OptimStepResponse:
+        """Apply the accumulated gradients."""
+        return await self._run(lambda: self._trainer.optim_step(request))
+
+    async def score(self, request: ScoreRequest) -> ScoreResponse:
+        """Log-probs under the trainer's own weights; every rank goes through all sequences."""
+        return await self._run(lambda: self._score(request))
+
+    def _score(self, request: ScoreRequest) -> ScoreResponse:
+        rows = [sequence.array for sequence in request.sequences]
+        with self._autocast():
+            model, budget = self._trainer.model, self._trainer_config.micro_batch_tokens
+            logprobs = forward.score(model, rows, request.temperature, budget)
+        return ScoreResponse(logprobs=logprobs, version=self._trainer.version)
+
+    async def push(self, request: Empty) -> PushResponse:
+        """Gather the weights bucket by bucket with the other ranks; rank 0 sends them to the samplers."""
+        version, size, count = self._trainer.version, 0, 0
+        pieces = self._trainer.buckets(BUCKET)
+        bucket = await self._run(lambda: self._copied(pieces))
+        while bucket is not None:
+            following = await self._run(lambda: self._copied(pieces))
+            if self._rank.index == 0:
+                await self._sampler.receive(WeightBucket(version=version, tensors=bucket, last=following is None))
+            size += sum(tensor.array.nbytes for tensor in bucket.values())
+            count += len(bucket)
+            bucket = following
+        return PushResponse(version=version, bytes=size, tensors=count)
+
+    def _copied(self, pieces: Iterator[dict[str, torch.Tensor]]) -> dict[str, Tensor] | None:
+        """The next bucket, in memory that no later step changes."""
+        piece = next(pieces, None)
+        return None if piece is None else {name: Tensor.from_torch(w.clone()) for name, w in piece.items()}
+
+    async def save(self, request: CheckpointRequest) -> CheckpointResponse:
+        """Rank 0 writes model and tokenizer in Hugging Face format, and the training state of all ranks."""
+        return await self._run(lambda: self._save(Path(request.path), request.training_state))
+
+    def _save(self, directory: Path, training_state: bool) -> CheckpointResponse:
+        if self._rank.index == 0:
+            directory.mkdir(parents=True, exist_ok=True)
+        self._trainer.write(self._loaded, directory, training_state)
+        ranks.gathered(None)  # Nobody says that it is written before rank 0 is done.
+        return CheckpointResponse(files=files_of(directory))
+
+    async def load(self, request: CheckpointRequest) -> CheckpointResponse:
+        """Take back what `save` wrote, with any number of ranks."""
+        return await self._run(lambda: self._load_from(Path(request.path), request.training_state))
+
+    def _load_from(self, directory: Path, training_state: bool) -> CheckpointResponse:
+        self._trainer.read(self._loaded, directory, training_state)
+        return CheckpointResponse(files=files_of(directory))
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        # Under DeepSpeed the weights themselves are bfloat16.
+        return nullcontext() if self._trainer_config.engine == "deepspeed" else precision(self._config, self._loaded)
+
+    async def _run(self, work: Callable[[], Result]) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._worker, work)

@@ -1,0 +1,107 @@
+"""Workers of a policy whose sampler and trainer live apart. These services stay inside of a cluster: weights never
+cross gRPC."""
+
+from abc import abstractmethod
+from typing import ClassVar
+
+from pydantic import Field
+
+from protocols.policy import PolicyService, ScoreRequest, ScoreResponse
+from protocols.service import CheckpointRequest, CheckpointResponse, Empty, Message, Service, rpc
+from protocols.tensor import Tensor
+from protocols.training import (
+    ForwardBackwardRequest,
+    ForwardBackwardResponse,
+    OptimStepRequest,
+    OptimStepResponse,
+)
+
+
+class Rank(Message):
+    """The place of one process in a group of workers that compute together."""
+
+    index: int = Field(default=0, ge=0)
+    """Which of them."""
+    world: int = Field(default=1, ge=1)
+    """How many there are."""
+    address: str = ""
+    """HOST:PORT where they meet."""
+
+
+class WeightBucket(Message):
+    """Some of the tensors of a new weight version."""
+
+    version: int
+    """The version that they belong to."""
+    tensors: dict[str, Tensor]
+    """By parameter name, in the trainer's precision."""
+    last: bool
+    """Whether the version is complete with this bucket."""
+
+
+class PushResponse(Message):
+    """What a publication moved."""
+
+    version: int
+    """The version that the samplers have now."""
+    bytes: int
+    """Size of the weights."""
+    tensors: int
+    """Number of the weights' tensors."""
+
+
+class TrainerInfo(Message):
+    """Facts about what is trained."""
+
+    version: int
+    """Weight version; every optimiser step raises it by one."""
+    trainable_parameters: int
+    """Number of weights that a step changes."""
+
+
+class SamplerService(PolicyService):
+    """A frozen policy whose weights are replaced from outside."""
+
+    @rpc(dispatch="all")
+    @abstractmethod
+    async def receive(self, request: WeightBucket) -> Empty:
+        """Hold the tensors; with the last bucket switch to them between two batches, or not at all.
+
+        Raises Corrupt, and keeps the old weights, when names or shapes are not the model's.
+        """
+
+
+class TrainerService(Service):
+    """One rank of the group that trains a policy. Every call goes to all ranks, which answer alike."""
+
+    kind: ClassVar[str] = "trainer"
+
+    @rpc(safe=True, dispatch="all")
+    @abstractmethod
+    async def info(self, request: Empty) -> TrainerInfo:
+        """Facts about what is trained."""
+
+    @rpc(dispatch="all")
+    @abstractmethod
+    async def forward_backward(self, request: ForwardBackwardRequest) -> ForwardBackwardResponse:
+        """Take the rank's share of the rows and add their gradient. The response is of the whole batch."""
+
+    @rpc(dispatch="all")
+    @abstractmethod
+    async def optim_step(self, request: OptimStepRequest) -> OptimStepResponse:
+        """Clip, step, clear the gradients. Raises Corrupt, and changes nothing, if they are not finite."""
+
+    @rpc(dispatch="all")
+    @abstractmethod
+    async def score(self, request: ScoreRequest) -> ScoreResponse:
+        """Log-probs under the trainer's own weights."""
+
+    @rpc(dispatch="all")
+    @abstractmethod
+    async def push(self, request: Empty) -> PushResponse:
+        """Send the weights to the samplers, bucket by bucket."""
+
+    @rpc(dispatch="all")
+    @abstractmethod
+    async def save(self, request: CheckpointRequest) -> CheckpointResponse:
+        """Write model and training state; any number of ranks can load them."""

@@ -1,0 +1,169 @@
+"""Ranks in processes of their own train as one process does."""
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cluster.cluster import Cluster
+from cluster.config import MethodConfig
+from methods.worlds.ledger import write_skeleton
+from protocols.errors import Unavailable
+from protocols.losses import GRPOLoss, LossSpec, SFTLoss
+from protocols.messages import Prompt, SamplingParams
+from protocols.policy import PolicyConfig, PolicyService, SampleRequest
+from protocols.service import CheckpointRequest, Empty
+from protocols.training import ForwardBackwardRequest, OptimStepRequest, TrainRow
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+TOLERANCE = 2e-5
+"""Of losses, relative to their size, and of weights, absolute, after 5 steps."""
+LOSSES: dict[str, dict[str, LossSpec]] = {
+    "sft": {"a": SFTLoss(normalize="sequence", temperature=0.7)},
+    "grpo": {"a": GRPOLoss(kl_coef=0.3, dual_clip=1.5, entropy_coef=0.1)},
+    "both": {"a": SFTLoss(coef=0.5), "b": GRPOLoss(normalize="sequence", clip_high=0.28)},
+}
+GROUPS: dict[str, dict[str, Any]] = {
+    "torch": {"engine": "torch"},
+    "zero-1": {"engine": "deepspeed", "zero_stage": 1},
+    "zero-2": {"engine": "deepspeed", "zero_stage": 2},
+    "zero-3": {"engine": "deepspeed", "zero_stage": 3},
+}
+TRAINER = {
+    "learning_rate": 1e-3,
+    "schedule": "linear",
+    "warmup_steps": 2,
+    "total_steps": 20,
+    "micro_batch_tokens": 40,
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    directory = tmp_path_factory.mktemp("model")
+    write_skeleton(directory)
+    return str(directory)
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[Any]:
+    """One Ray for all tests of this file; its processes outnumber the cores of a small machine."""
+    import ray
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        ray.init(
+            "local",
+            num_cpus=8,
+            object_store_memory=200 << 20,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
+    yield ray
+    ray.shutdown()
+
+
+def a_cluster(folder: Path, transport: str) -> Cluster:
+    config = MethodConfig.model_validate({"runs_dir": str(folder), "transport": transport, "deadline_s": 300})
+    return Cluster(config, method="test", run=f"group-{transport}")
+
+
+@pytest.fixture
+async def inline(tmp_path: Path) -> AsyncIterator[Cluster]:
+    async with a_cluster(tmp_path, "inline") as cluster:
+        yield cluster
+
+
+@pytest.fixture
+async def on_ray(ray: Any, tmp_path: Path) -> AsyncIterator[Cluster]:
+    async with a_cluster(tmp_path, "ray") as cluster:
+        yield cluster
+
+
+def a_policy(model: str, **trainer: Any) -> PolicyConfig:
+    given = {"model": model, "init": "random", "threads": 1, "device": "cpu", "trainer": TRAINER | trainer}
+    return PolicyConfig.model_validate(given)
+
+
+def rows(seed: int, losses: dict[str, LossSpec]) -> list[TrainRow]:
+    rng = np.random.default_rng(seed)
+    return [
+        TrainRow(
+            row_id=str(i),
+            tokens=rng.integers(1, 180, length),
+            terms={name: np.r_[0.0, 0.0, rng.choice([0.5, 1.0], length - 2)] for name in losses},
+            advantages=rng.normal(size=length),
+            reference_logprobs=-rng.random(length) * 5,
+        )
+        for i, length in enumerate([14, 5, 9, 22, 7, 18, 11])
+    ]
+
+
+async def updates(policy: PolicyService, losses: dict[str, LossSpec], seeds: range) -> list[float]:
+    """The loss before each update, and the norm of its gradient."""
+    found = []
+    for seed in seeds:
+        report = await policy.forward_backward(ForwardBackwardRequest(rows=rows(seed, losses), losses=losses))
+        step = await policy.optim_step(OptimStepRequest())
+        found += [report.loss, step.grad_norm, *(v for r in report.terms.values() for v in r.metrics.values())]
+    return found
+
+
+async def saved(policy: PolicyService, directory: Path) -> dict[str, torch.Tensor]:
+    await policy.save(CheckpointRequest(path=str(directory)))
+    return load_file(directory / "model.safetensors")
+
+
+@pytest.mark.parametrize("group", GROUPS)
+async def test_two_ranks_are_as_one(group: str, model: str, inline: Cluster, on_ray: Cluster, tmp_path: Path) -> None:
+    one = await inline.policy(a_policy(model))
+    two = await on_ray.policy(a_policy(model, workers=2, **GROUPS[group]))
+    for name, losses in LOSSES.items():
+        expected = await updates(one, losses, range(5))
+        np.testing.assert_allclose(await updates(two, losses, range(5)), expected, rtol=TOLERANCE, atol=TOLERANCE)
+        weights, others = await saved(one, tmp_path / name / "one"), await saved(two, tmp_path / name / "two")
+        assert weights.keys() == others.keys()
+        for key in weights:
+            torch.testing.assert_close(others[key], weights[key], atol=TOLERANCE, rtol=0, msg=key)
+    published = await two.publish(Empty())
+    assert published.version == 15
+    assert published.gap < 1e-4
+
+
+@pytest.mark.parametrize("group", ["zero-2", "zero-3"])
+async def test_a_checkpoint_goes_on_with_another_number_of_ranks(
+    group: str, model: str, inline: Cluster, on_ray: Cluster, tmp_path: Path
+) -> None:
+    two = await on_ray.policy(a_policy(model, workers=2, **GROUPS[group]))
+    await updates(two, LOSSES["both"], range(3))
+    await two.save(CheckpointRequest(path=str(tmp_path / "saved")))
+    one = await inline.policy(a_policy(model, **GROUPS[group]))
+    await updates(one, LOSSES["sft"], range(2))
+    await one.load(CheckpointRequest(path=str(tmp_path / "saved")))
+    assert (await one.info(Empty())).version == 3
+    expected = await updates(two, LOSSES["both"], range(3, 6))
+    np.testing.assert_allclose(
+        await updates(one, LOSSES["both"], range(3, 6)), expected, rtol=TOLERANCE, atol=TOLERANCE
+    )
+
+
+async def test_a_rank_that_dies_fails_the_step_by_name(model: str, on_ray: Cluster, ray: Any) -> None:
+    policy = await on_ray.policy(a_policy(model, workers=2, **GROUPS["zero-2"]))
+    await updates(policy, LOSSES["sft"], range(1))
+    host = ray.get_actor("policy-trainer-1", "group-ray")
+    pid = ray.get(host.__ray_call__.remote(lambda _: os.getpid()))
+    under_way = asyncio.ensure_future(updates(policy, LOSSES["sft"], range(1, 200)))
+    await asyncio.sleep(0)
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(Unavailable, match="the actor 'policy-trainer-1' has died"):
+        await under_way
+    # The samplers answer on.
+    await policy.sample(SampleRequest(prompts=[Prompt(tokens=[5, 6])], params=SamplingParams(max_tokens=2)))
