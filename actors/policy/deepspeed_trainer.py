@@ -2,6 +2,7 @@
 
 import logging
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -159,6 +160,8 @@ def import_deepspeed() -> Any:
     except ImportError as error:
         raise BadInput("trainer.engine: deepspeed is not installed; pip install 'repertory[deepspeed]'") from error
     deepspeed.utils.logger.setLevel(logging.ERROR)
+    # It calls collectives by names that torch is about to change.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     return deepspeed
 
 

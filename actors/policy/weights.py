@@ -8,7 +8,7 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 
 from actors.policy.loading import UNREADABLE, Loaded, pretrained
-from protocols.errors import Corrupt
+from protocols.errors import BadInput, Corrupt
 
 
 def write_model(
@@ -22,11 +22,13 @@ def write_model(
     model = loaded.model
     if not isinstance(model, PeftModel):
         model.save_pretrained(directory, state_dict=state)
+    elif whole and state is not None:
+        raise BadInput("save: an adapter cannot be merged into a model whose weights are sharded (ZeRO-3)")
     elif whole:
         copy.deepcopy(model).merge_and_unload().save_pretrained(directory)
     else:
         # By itself peft would ask the hub whether the vocabulary has grown.
-        model.save_pretrained(directory, save_embedding_layers=False)
+        model.save_pretrained(directory, save_embedding_layers=False, state_dict=state)
     loaded.tokenizer.save_pretrained(directory)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from cluster.cluster import Cluster
 from cluster.config import MethodConfig
@@ -206,3 +207,22 @@ async def test_the_probe_catches_a_sampler_that_does_not_switch(
 async def test_several_ranks_need_processes(cluster: Cluster, model_dirs: dict[str, Path]) -> None:
     with pytest.raises(BadInput, match=r"policy\.trainer\.workers: more than one rank needs transport=ray"):
         await cluster.policy(a_policy(model_dirs["qwen2"], trainer={"workers": 2}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+async def test_an_adapter_is_saved_whole_from_shards(
+    stage: int, cluster: Cluster, model_dirs: dict[str, Path], tmp_path: Path
+) -> None:
+    options = {"lora": {"rank": 2}}
+    shared = await cluster.policy(a_policy(model_dirs["qwen2"], trainer=SHARED, **options), name="shared")
+    sharded = SHARED | {"engine": "deepspeed", "zero_stage": stage}
+    split = await cluster.policy(a_policy(model_dirs["qwen2"], trainer=sharded, **options), name="split")
+    for name, policy in (("shared", shared), ("split", split)):
+        await update(policy)
+        await policy.save(CheckpointRequest(path=str(tmp_path / name)))
+    expected = load_file(tmp_path / "shared" / "adapter_model.safetensors")
+    found = load_file(tmp_path / "split" / "adapter_model.safetensors")
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, atol=1e-6, rtol=0, msg=key)
