@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from huggingface_hub import file_exists, try_to_load_from_cache
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -42,6 +44,19 @@ class Loaded:
     def pad_token_id(self) -> int:
         """Any valid token: padded places are masked."""
         return int(self.tokenizer.pad_token_id or 0)
+
+    def check_tokens(self, tokens: NDArray[np.int32], name: str, *, room: int = 0) -> None:
+        """Raise BadInput unless the model can read them and has `room` for more."""
+        limit = self.context_length - room
+        if not 1 <= len(tokens) <= limit:
+            raise BadInput(f"{name}: got {len(tokens)} tokens, expected 1 to {limit}")
+        self.check_ids(tokens, name)
+
+    def check_ids(self, tokens: NDArray[np.int32], name: str) -> None:
+        """Raise BadInput unless they are of the model's vocabulary."""
+        limit = self.vocab_size - 1
+        if len(tokens) and not 0 <= tokens.min() <= tokens.max() <= limit:
+            raise BadInput(f"{name}: got token ids {tokens.min()} to {tokens.max()}, expected 0 to {limit}")
 
 
 def load(config: PolicyConfig, *, frozen: bool = False) -> Loaded:

@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from actors.actor import Actor
 from actors.policy import forward
@@ -117,7 +116,7 @@ class PolicyActor(Actor, PolicyService):
     async def detokenize(self, request: DetokenizeRequest) -> DetokenizeResponse:
         """Text of token ids."""
         for i, ids in enumerate(request.tokens):
-            self._check_ids(ids.array, f"tokens[{i}]")
+            self._loaded.check_ids(ids.array, f"tokens[{i}]")
         return DetokenizeResponse(texts=[self._loaded.tokenizer.decode(t.array) for t in request.tokens])
 
     async def sample(self, request: SampleRequest) -> SampleResponse:
@@ -157,7 +156,7 @@ class PolicyActor(Actor, PolicyService):
         """Log-probs of every token of the sequences."""
         rows = [sequence.array for sequence in request.sequences]
         for i, row in enumerate(rows):
-            self._check_tokens(row, f"sequences[{i}]")
+            self._loaded.check_tokens(row, f"sequences[{i}]")
         budget = (self._config.trainer or TrainerConfig()).micro_batch_tokens
         with_dtype = self._in_context(lambda: forward.score(self._loaded.model, rows, request.temperature, budget))
         logprobs = await self._run(with_dtype)
@@ -167,7 +166,7 @@ class PolicyActor(Actor, PolicyService):
         """Add the gradient of the batch loss to what is accumulated."""
         trainer = self._need_trainer("forward_backward")
         for row in request.rows:
-            self._check_tokens(row.tokens.array, f"row {row.row_id!r}")
+            self._loaded.check_tokens(row.tokens.array, f"row {row.row_id!r}")
         return await self._run(lambda: trainer.forward_backward(request))
 
     async def optim_step(self, request: OptimStepRequest) -> OptimStepResponse:
@@ -236,19 +235,8 @@ class PolicyActor(Actor, PolicyService):
 
     def _encoded_prompt(self, prompt: Prompt) -> EncodedPrompt:
         tokens = encode(prompt, self._loaded.tokenizer)
-        self._check_tokens(tokens, f"prompt {prompt.uid!r}", room=1)
+        self._loaded.check_tokens(tokens, f"prompt {prompt.uid!r}", room=1)
         return EncodedPrompt(tokens, secrets.randbits(63) if prompt.seed is None else prompt.seed)
-
-    def _check_tokens(self, tokens: NDArray[np.int32], name: str, *, room: int = 0) -> None:
-        limit = self._loaded.context_length - room
-        if not 1 <= len(tokens) <= limit:
-            raise BadInput(f"{name}: got {len(tokens)} tokens, expected 1 to {limit}")
-        self._check_ids(tokens, name)
-
-    def _check_ids(self, tokens: NDArray[np.int32], name: str) -> None:
-        limit = self._loaded.vocab_size - 1
-        if len(tokens) and not 0 <= tokens.min() <= tokens.max() <= limit:
-            raise BadInput(f"{name}: got token ids {tokens.min()} to {tokens.max()}, expected 0 to {limit}")
 
     def _need_trainer(self, method: str) -> TorchTrainer:
         if self._trainer is None:

@@ -88,6 +88,8 @@ class TrainerActor(Actor, TrainerService):
 
     async def forward_backward(self, request: ForwardBackwardRequest) -> ForwardBackwardResponse:
         """Take the rank's share of the rows and add their gradient."""
+        for row in request.rows:
+            self._loaded.check_tokens(row.tokens.array, f"row {row.row_id!r}")
         return await self._run(lambda: self._trainer.forward_backward(request))
 
     async def optim_step(self, request: OptimStepRequest) -> OptimStepResponse:

@@ -204,6 +204,13 @@ async def test_the_probe_catches_a_sampler_that_does_not_switch(
         await two[1].publish(Empty())
 
 
+async def test_bad_rows_are_refused_with_the_same_words(two: tuple[PolicyService, PolicyService]) -> None:
+    row = TrainRow(row_id="r7", tokens=[5, 10**6], terms={"a": [0.0, 1.0]})
+    for policy in two:
+        with pytest.raises(BadInput, match=r"row 'r7': got token ids 5 to 1000000, expected 0 to \d+"):
+            await policy.forward_backward(ForwardBackwardRequest(rows=[row], losses={"a": SFTLoss()}))
+
+
 async def test_several_ranks_need_processes(cluster: Cluster, model_dirs: dict[str, Path]) -> None:
     with pytest.raises(BadInput, match=r"policy\.trainer\.workers: more than one rank needs transport=ray"):
         await cluster.policy(a_policy(model_dirs["qwen2"], trainer={"workers": 2}))
