@@ -46,8 +46,6 @@ class PushResponse(Message):
     """The version that the samplers have now."""
     bytes: int
     """Size of the weights."""
-    tensors: int
-    """Number of the weights' tensors."""
 
 
 class TrainerInfo(Message):

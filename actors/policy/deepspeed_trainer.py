@@ -3,8 +3,7 @@
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +30,10 @@ class DeepSpeedTrainer(TorchTrainer):
         config: TrainerConfig,
         *,
         seed: int = 0,
-        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         rank: Rank,
         half: bool = False,
     ) -> None:
-        super().__init__(model, config, seed=seed, autocast=autocast, rank=rank)
+        super().__init__(model, config, seed=seed, rank=rank)
         deepspeed = import_deepspeed()
         use_environment(rank)
         deepspeed.init_distributed(torch.distributed.get_backend(), auto_mpi_discovery=False)
@@ -44,6 +42,14 @@ class DeepSpeedTrainer(TorchTrainer):
             model=model, optimizer=self._optimizer, config=engine_config(config, half)
         )
         self.model = self._engine
+        self._make_moments()
+
+    def _make_moments(self) -> None:
+        """Take a step of length 0, so that the moments can be saved before the first update and loaded into."""
+        tokens = torch.zeros((1, 2), dtype=torch.int64, device=self._engine.device)
+        self._backward(self.model(input_ids=tokens, use_cache=False).logits.float().sum() * 0.0)
+        self._step(0.0)
+        self._set_updates(0.0)
 
     def _backward(self, loss: torch.Tensor) -> None:
         # The engine takes the mean over ranks; every term is divided by its count over all of them already.
@@ -63,15 +69,18 @@ class DeepSpeedTrainer(TorchTrainer):
         rate = self._config.learning_rate * rate_share(self._config, self.version)
         if request.learning_rate is not None:
             rate = request.learning_rate
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = rate
-        self._engine.step()
+        self._step(rate)
         norm = float(self._engine.get_global_grad_norm())
         if self._engine.optimizer.overflow or not math.isfinite(norm):
             self.forget()
             raise Corrupt(f"the gradient at weight version {self.version} has norm {norm}; no step was taken")
         self.version += 1
         return OptimStepResponse(version=self.version, grad_norm=norm, learning_rate=rate)
+
+    def _step(self, rate: float) -> None:
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = rate
+        self._engine.step()
 
     def buckets(self, limit: int) -> Iterator[dict[str, torch.Tensor]]:
         """The trained weights by name; of ZeRO-3 shards only one bucket is whole at a time."""

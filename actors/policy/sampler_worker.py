@@ -17,6 +17,7 @@ class SamplerActor(PolicyActor, SamplerService):
         super().__init__(config)
         self._published = 0
         self._held: dict[str, Tensor] = {}
+        self._held_version = 0
 
     def _load(self) -> None:
         self._load_sampler(frozen=True)
@@ -28,6 +29,9 @@ class SamplerActor(PolicyActor, SamplerService):
 
     async def receive(self, request: WeightBucket) -> Empty:
         """Hold the tensors; with the last bucket switch to them between two batches."""
+        if request.version != self._held_version:
+            # What is left of a publication that broke off must not mix with this one.
+            self._held, self._held_version = {}, request.version
         self._held.update(request.tensors)
         if request.last:
             held, self._held = self._held, {}

@@ -16,6 +16,7 @@ from actors.policy.loading import Loaded, load
 from actors.policy.policy import precision
 from actors.policy.torch_trainer import TorchTrainer, full_size
 from actors.policy.weights import files_of
+from protocols.errors import RepertoryError
 from protocols.policy import PolicyConfig, ScoreRequest, ScoreResponse
 from protocols.service import CheckpointRequest, CheckpointResponse, Empty, HealthRequest, HealthResponse
 from protocols.tensor import Tensor
@@ -109,7 +110,7 @@ class TrainerActor(Actor, TrainerService):
 
     async def push(self, request: Empty) -> PushResponse:
         """Gather the weights bucket by bucket with the other ranks; rank 0 sends them to the samplers."""
-        version, size, count = self._trainer.version, 0, 0
+        version, size = self._trainer.version, 0
         pieces = self._trainer.buckets(BUCKET)
         bucket = await self._run(lambda: self._copied(pieces))
         while bucket is not None:
@@ -117,9 +118,8 @@ class TrainerActor(Actor, TrainerService):
             if self._rank.index == 0:
                 await self._sampler.receive(WeightBucket(version=version, tensors=bucket, last=following is None))
             size += sum(tensor.array.nbytes for tensor in bucket.values())
-            count += len(bucket)
             bucket = following
-        return PushResponse(version=version, bytes=size, tensors=count)
+        return PushResponse(version=version, bytes=size)
 
     def _copied(self, pieces: Iterator[dict[str, torch.Tensor]]) -> dict[str, Tensor] | None:
         """The next bucket, in memory that no later step changes."""
@@ -150,4 +150,14 @@ class TrainerActor(Actor, TrainerService):
         return nullcontext() if self._trainer_config.engine == "deepspeed" else precision(self._config, self._loaded)
 
     async def _run(self, work: Callable[[], Result]) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self._worker, work)
+        return await asyncio.get_running_loop().run_in_executor(self._worker, self._or_leave, work)
+
+    def _or_leave(self, work: Callable[[], Result]) -> Result:
+        """A rank that fails alone leaves the group, so that the others fail too instead of waiting for it."""
+        try:
+            return work()
+        except RepertoryError:  # of what all ranks were given alike, or in a step that all of them took
+            raise
+        except Exception:
+            ranks.leave(self._rank)
+            raise

@@ -233,3 +233,20 @@ async def test_an_adapter_is_saved_whole_from_shards(
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, atol=1e-6, rtol=0, msg=key)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("done", [0, 2])
+async def test_a_new_engine_goes_on_from_a_checkpoint_even_of_the_start(
+    stage: int, done: int, cluster: Cluster, model_dirs: dict[str, Path], tmp_path: Path
+) -> None:
+    config = a_policy(model_dirs["qwen2"], trainer=SHARED | {"engine": "deepspeed", "zero_stage": stage})
+    one = await cluster.policy(config, name="one")
+    for step in range(done):
+        await update(one, step)
+    await one.save(CheckpointRequest(path=str(tmp_path / "saved")))
+    new = await cluster.policy(config, name="new")
+    await new.load(CheckpointRequest(path=str(tmp_path / "saved")))
+    for step in range(done, done + 3):
+        assert await update(new, step) == pytest.approx(await update(one, step), abs=1e-6)
