@@ -31,6 +31,7 @@ from protocols.errors import (
 from protocols.placement import Resources
 from protocols.service import CheckpointRequest, Empty, HealthRequest, HealthResponse
 from tests.cluster.echo import Array, Count, EchoActor, EchoService, Text
+from tests.cluster.local_ray import local_ray
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 RUN = "contract"
@@ -50,20 +51,8 @@ FAILURES: list[tuple[str, type[RepertoryError], str]] = [
 @pytest.fixture(scope="module")
 def ray() -> Iterator[Any]:
     """One small Ray for all tests of this file."""
-    import ray
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("RAY_ADDRESS", raising=False)
-        ray.init(
-            "local",
-            num_cpus=2,
-            object_store_memory=100 << 20,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-        )
-    yield ray
-    ray.shutdown()
+    with local_ray(cpus=2) as ray:
+        yield ray
 
 
 def a_cluster(transport: str, folder: Path, run: str = RUN, deadline_s: float = 60.0) -> Cluster:

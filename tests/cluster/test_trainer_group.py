@@ -21,6 +21,7 @@ from protocols.messages import Prompt, SamplingParams
 from protocols.policy import PolicyConfig, PolicyService, SampleRequest
 from protocols.service import CheckpointRequest, Empty
 from protocols.training import ForwardBackwardRequest, OptimStepRequest, TrainRow
+from tests.cluster.local_ray import local_ray
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 TOLERANCE = 2e-5
@@ -55,20 +56,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def ray() -> Iterator[Any]:
     """One Ray for all tests of this file; its processes outnumber the cores of a small machine."""
-    import ray
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("RAY_ADDRESS", raising=False)
-        ray.init(
-            "local",
-            num_cpus=8,
-            object_store_memory=200 << 20,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-        )
-    yield ray
-    ray.shutdown()
+    with local_ray(cpus=8) as ray:
+        yield ray
 
 
 def a_cluster(folder: Path, transport: str) -> Cluster:
