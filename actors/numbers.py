@@ -286,7 +286,8 @@ def _day(match: re.Match[str]) -> int | None:
 def _floats(numbers: Sequence[Decimal]) -> Floats:
     """The numbers that a float can hold, float64[M]."""
     numbers_M = np.array([float(number) for number in numbers], dtype=np.float64)
-    return numbers_M[np.isfinite(numbers_M)]
+    finite: Floats = numbers_M[np.isfinite(numbers_M)]
+    return finite
 
 
 def _any_within(values_M: Floats, low: float, high: float) -> bool:

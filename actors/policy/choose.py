@@ -68,29 +68,32 @@ def _invert(weights_RK: torch.Tensor, uniforms_R: torch.Tensor) -> torch.Tensor:
     return index_R.clamp(max=weights_RK.shape[-1] - 1)
 
 
+BLOCK = 64
+
+
 class Uniforms:
     """A stream of uniform numbers per row, from (seed, sample index) alone."""
 
-    BLOCK = 64
-
     def __init__(self, seeds: list[tuple[int, int]]) -> None:
-        self._streams = [np.random.Generator(np.random.Philox(key=_key(*seed))) for seed in seeds]
+        self._seeds = np.asarray(seeds, dtype=object).reshape(-1, 2)
         self._block: NDArray[np.float64] = np.empty((len(seeds), 0))
-        self._rows = np.arange(len(seeds))
         self._used = 0
 
     def next(self) -> NDArray[np.float64]:
         """The next number of every remaining row, float64[R]."""
-        if self._used == self._block.shape[1]:
-            self._block = np.stack([self._streams[i].random(self.BLOCK) for i in self._rows])
-            self._used = 0
+        if self._used % BLOCK == 0:
+            self._block = np.stack([uniforms(seed, index, self._used // BLOCK) for seed, index in self._seeds])
         self._used += 1
-        return self._block[:, self._used - 1]
+        return self._block[:, (self._used - 1) % BLOCK]
 
     def select(self, rows: NDArray[np.int64]) -> None:
         """Keep the given rows."""
-        self._rows, self._block = self._rows[rows], self._block[rows]
+        self._seeds, self._block = self._seeds[rows], self._block[rows]
 
 
-def _key(seed: int, index: int) -> NDArray[np.uint64]:
-    return np.array([seed % 2**64, index], dtype=np.uint64)
+def uniforms(seed: int, index: int, block: int) -> NDArray[np.float64]:
+    """A block of the stream of one row: its numbers from block * BLOCK on, float64[BLOCK]."""
+    philox = np.random.Philox(key=np.array([seed % 2**64, index], dtype=np.uint64))
+    # Philox counts in fours of 64-bit numbers, and each uniform number is made of one of these.
+    philox.advance(block * BLOCK // 4)
+    return np.random.Generator(philox).random(BLOCK)

@@ -1,6 +1,7 @@
 """Loading a model and its tokenizer in Hugging Face format."""
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from huggingface_hub import file_exists, try_to_load_from_cache
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from protocols.errors import BadInput
@@ -44,6 +45,10 @@ class Loaded:
     def pad_token_id(self) -> int:
         """Any valid token: padded places are masked."""
         return int(self.tokenizer.pad_token_id or 0)
+
+    def adapter(self) -> list[tuple[str, torch.nn.Parameter]]:
+        """The adapter's weights by name; none if there is no adapter."""
+        return [(name, parameter) for name, parameter in self.model.named_parameters() if ".lora_" in name]
 
     def check_tokens(self, tokens: NDArray[np.int32], name: str, *, room: int = 0) -> None:
         """Raise BadInput unless the model can read them and has `room` for more."""
@@ -79,8 +84,28 @@ def load(config: PolicyConfig, *, frozen: bool = False) -> Loaded:
     else:
         # A sampler's copy says the same as the trainer's: it decides on kernels, so on the last bits.
         model.requires_grad_(config.trainer is not None)
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+        # The faster kernels leave the cap out without a word.
+        model.set_attn_implementation("eager")
     model.to(device).eval()
     return Loaded(model, tokenizer, _eos_ids(model, tokenizer), _context_length(model), trainable)
+
+
+def load_outline(config: PolicyConfig) -> Loaded:
+    """A model without its weights, for an engine that holds them: names, shapes, vocabulary, tokenizer."""
+    source = resolve(config.model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
+            if config.lora is not None:
+                model = _with_adapter(model, config.lora, config.seed)
+    except UNREADABLE as error:
+        raise BadInput(f"model: cannot load {config.model!r}: {_first_line(error)}") from error
+    model.requires_grad_(False)
+    with suppress(OSError):  # not every model has one
+        model.generation_config = GenerationConfig.from_pretrained(source)
+    return Loaded(model, tokenizer, _eos_ids(model, tokenizer), _context_length(model), trainable=False)
 
 
 def pretrained(source: str | Path, dtype: torch.dtype) -> Any:

@@ -12,14 +12,16 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from actors.actor import Actor
 from actors.policy import forward
 from actors.policy.cache import check_cache
 from actors.policy.chat import encode
 from actors.policy.loading import Loaded, load
+from actors.policy.rows import EncodedPrompt, OnToken, Row
 from actors.policy.torch_trainer import TorchTrainer
-from actors.policy.transformers_sampler import EncodedPrompt, OnToken, Row, TransformersSampler
+from actors.policy.transformers_sampler import TransformersSampler
 from actors.policy.weights import files_of, read_weights, write_model
 from protocols.errors import BadInput, Stale
 from protocols.messages import Completion, Prompt
@@ -41,7 +43,6 @@ from protocols.policy import (
     TrainerConfig,
 )
 from protocols.service import CheckpointRequest, CheckpointResponse, Empty, HealthRequest, HealthResponse
-from protocols.tensor import Tensor
 from protocols.training import (
     ForwardBackwardRequest,
     ForwardBackwardResponse,
@@ -124,7 +125,7 @@ class PolicyActor(Actor, PolicyService):
         prompts = self._encoded(request)
         stop = threading.Event()
         try:
-            completions = await self._run(lambda: self._sample(prompts, request, stop))
+            completions = await self._complete(prompts, request, stop, None)
         finally:
             stop.set()
         results = [
@@ -140,9 +141,9 @@ class PolicyActor(Actor, PolicyService):
         stop = threading.Event()
 
         def on_token(row: Row, text: str) -> None:
-            loop.call_soon_threadsafe(queue.put_nowait, _delta(row, text, self.version))
+            loop.call_soon_threadsafe(queue.put_nowait, row.delta(text))
 
-        work = asyncio.ensure_future(self._run(lambda: self._sample(prompts, request, stop, on_token)))
+        work = asyncio.ensure_future(self._complete(prompts, request, stop, on_token))
         work.add_done_callback(lambda _: queue.put_nowait(None))
         try:
             while (delta := await queue.get()) is not None:
@@ -157,10 +158,7 @@ class PolicyActor(Actor, PolicyService):
         rows = [sequence.array for sequence in request.sequences]
         for i, row in enumerate(rows):
             self._loaded.check_tokens(row, f"sequences[{i}]")
-        budget = (self._config.trainer or TrainerConfig()).micro_batch_tokens
-        with_dtype = self._in_context(lambda: forward.score(self._loaded.model, rows, request.temperature, budget))
-        logprobs = await self._run(with_dtype)
-        return ScoreResponse(logprobs=logprobs, version=self.version)
+        return await self._score(rows, request.temperature)
 
     async def forward_backward(self, request: ForwardBackwardRequest) -> ForwardBackwardResponse:
         """Add the gradient of the batch loss to what is accumulated."""
@@ -200,20 +198,27 @@ class PolicyActor(Actor, PolicyService):
             read_weights(self._loaded, directory)
         return CheckpointResponse(files=files_of(directory))
 
-    def _sample(
-        self,
-        prompts: list[EncodedPrompt],
-        request: SampleRequest,
-        stop: threading.Event,
-        on_token: OnToken | None = None,
+    async def _complete(
+        self, prompts: list[EncodedPrompt], request: SampleRequest, stop: threading.Event, on_token: OnToken | None
     ) -> list[list[Completion]]:
+        """n completions per prompt; those that are unfinished when `stop` is set end as they are."""
+        if request.params.structure is not None:
+            raise BadInput("params.structure: the transformers sampler has none; set sampler.engine to vllm")
+
         def cancelled() -> bool:
             return self._closing or stop.is_set()
 
-        with self._autocast():
+        def work() -> list[list[Completion]]:
             return self._sampler.sample(
                 prompts, request.n, request.params, self.version, on_token=on_token, cancelled=cancelled
             )
+
+        return await self._run(self._in_context(work))
+
+    async def _score(self, rows: list[NDArray[np.int32]], temperature: float) -> ScoreResponse:
+        budget = (self._config.trainer or TrainerConfig()).micro_batch_tokens
+        work = self._in_context(lambda: forward.score(self._loaded.model, rows, temperature, budget))
+        return ScoreResponse(logprobs=await self._run(work), version=self.version)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return precision(self._config, self._loaded)
@@ -249,15 +254,3 @@ def precision(config: PolicyConfig, loaded: Loaded) -> AbstractContextManager[An
     if config.dtype == "float32" or not loaded.trainable:
         return nullcontext()
     return torch.autocast(loaded.model.device.type, dtype=torch.bfloat16)
-
-
-def _delta(row: Row, text: str, version: int) -> SampleDelta:
-    return SampleDelta(
-        prompt_index=row.prompt,
-        sample_index=row.sample,
-        tokens=Tensor([row.tokens[-1]], "int32"),
-        text=text,
-        logprobs=Tensor([row.logprobs[-1]], "float32"),
-        versions=Tensor(np.asarray([version]), "int32"),
-        finish_reason=row.finish,
-    )

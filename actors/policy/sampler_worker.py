@@ -35,23 +35,23 @@ class SamplerActor(PolicyActor, SamplerService):
         self._held.update(request.tensors)
         if request.last:
             held, self._held = self._held, {}
-            await self._run(lambda: self._switch(held, request.version))
+            expected = {name: tuple(parameter.shape) for name, parameter in self._replaceable().items()}
+            check_complete({name: tensor.shape for name, tensor in held.items()}, expected)
+            await self._switch(held, request.version)
         return Empty()
 
-    def _switch(self, tensors: dict[str, Tensor], version: int) -> None:
-        parameters = self._replaceable()
-        check_complete({n: t.shape for n, t in tensors.items()}, {n: tuple(p.shape) for n, p in parameters.items()})
+    async def _switch(self, tensors: dict[str, Tensor], version: int) -> None:
+        await self._run(lambda: self._replace(tensors, version))
+
+    def _replace(self, tensors: dict[str, Tensor], version: int) -> None:
         with torch.no_grad():
-            for name, parameter in parameters.items():
+            for name, parameter in self._replaceable().items():
                 parameter.copy_(tensors[name].torch())
         self._published = version
 
     def _replaceable(self) -> dict[str, torch.nn.Parameter]:
         """What the trainer trains: all weights, or the adapter's alone."""
-        named = dict(self._loaded.model.named_parameters())
-        if self._config.lora is None:
-            return named
-        return {name: parameter for name, parameter in named.items() if "lora_" in name}
+        return dict(self._loaded.adapter() or self._loaded.model.named_parameters())
 
 
 def check_complete(sent: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:

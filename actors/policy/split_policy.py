@@ -9,6 +9,7 @@ import numpy as np
 
 from actors.actor import Actor
 from protocols.errors import Corrupt
+from protocols.messages import Prompt, SamplingParams
 from protocols.policy import (
     DetokenizeRequest,
     DetokenizeResponse,
@@ -25,7 +26,7 @@ from protocols.policy import (
     TokenizeResponse,
 )
 from protocols.service import CheckpointRequest, CheckpointResponse, Empty, HealthRequest, HealthResponse
-from protocols.tensor import TokenIds
+from protocols.tensor import Tensor, TokenIds
 from protocols.training import (
     ForwardBackwardRequest,
     ForwardBackwardResponse,
@@ -36,6 +37,8 @@ from protocols.workers import SamplerService, TrainerService
 
 PROBES = 4
 """Sequences that samplers and trainer score after a publication."""
+PROBE_LENGTH = 64
+"""Tokens of a probe at least, where there are such rows: an engine caches beginnings in blocks."""
 
 
 class SplitPolicyActor(Actor, PolicyService):
@@ -57,6 +60,7 @@ class SplitPolicyActor(Actor, PolicyService):
         self._trainer = trainer
         self._tolerance = config.sampler.publish_tolerance
         self._probes: list[TokenIds] = []
+        self._probed: list[TokenIds] = []
         self._version = 0
 
     async def health(self, request: HealthRequest) -> HealthResponse:
@@ -93,10 +97,8 @@ class SplitPolicyActor(Actor, PolicyService):
 
     async def forward_backward(self, request: ForwardBackwardRequest) -> ForwardBackwardResponse:
         """Add the gradient of the batch loss, each rank that of its share."""
-        # The shortest rows are the cheapest probes.
-        rows = sorted(request.rows, key=lambda row: len(row.tokens))
         response = await self._trainer.forward_backward(request)
-        self._probes = [row.tokens for row in rows[:PROBES]]
+        self._probes = probes_of([row.tokens for row in request.rows])
         return response
 
     async def optim_step(self, request: OptimStepRequest) -> OptimStepResponse:
@@ -116,22 +118,35 @@ class SplitPolicyActor(Actor, PolicyService):
         """Largest difference of log-probs between any sampler and the trainer over the probes, in nats."""
         if not self._probes:
             return 0.0
-        request = ScoreRequest(sequences=self._probes)
-        expected, *found = await asyncio.gather(
-            self._trainer.score(request), *(sampler.score(request) for sampler in self._samplers)
+        gaps = [await self._gap_of(index, sampler) for index, sampler in enumerate(self._samplers)]
+        self._probed = self._probes
+        return max(gaps)
+
+    async def _gap_of(self, index: int, sampler: SamplerService) -> float:
+        """The gap of one sampler: over whole sequences, and over the token that it draws after their beginnings.
+
+        An engine computes the first afresh and the second from what it has cached, also of the last probes.
+        """
+        beginnings = [Prompt(tokens=Tensor(ids.array[:-1], "int32")) for ids in [*self._probes, *self._probed]]
+        one_token = SamplingParams(max_tokens=1, temperature=0)
+        scores, sampled = await asyncio.gather(
+            sampler.score(ScoreRequest(sequences=self._probes)),
+            sampler.sample(SampleRequest(prompts=beginnings, params=one_token)),
         )
-        worst = 0.0
-        for index, response in enumerate(found):
-            gap = largest_gap(expected, response)
-            # Written so that a NaN is over the tolerance too.
-            if not gap <= self._tolerance or response.version != expected.version:
-                raise Corrupt(
-                    f"publication: sampler {index} at version {response.version} differs from the trainer at version"
-                    f" {expected.version} by {gap:.3g} nats, allowed is {self._tolerance:g}"
-                    " (sampler.publish_tolerance)"
-                )
-            worst = max(worst, gap)
-        return worst
+        drawn = [(result.prompt_tokens, result.completions[0]) for result in sampled.results]
+        continued = [Tensor(np.r_[prompt.array, one.tokens.array], "int32") for prompt, one in drawn]
+        expected = await self._trainer.score(ScoreRequest(sequences=[*self._probes, *continued]))
+        whole, ends = expected.logprobs[: len(self._probes)], expected.logprobs[len(self._probes) :]
+        pairs = [(one.array, other.array) for one, other in zip(whole, scores.logprobs, strict=True)]
+        pairs += [(end.array[-1:], one.logprobs.array) for end, (_, one) in zip(ends, drawn, strict=True)]
+        gap = float(np.max([np.abs(one - other).max() for one, other in pairs]))
+        # Written so that a NaN is over the tolerance too.
+        if not gap <= self._tolerance or scores.version != expected.version:
+            raise Corrupt(
+                f"publication: sampler {index} at version {scores.version} differs from the trainer at version"
+                f" {expected.version} by {gap:.3g} nats, allowed is {self._tolerance:g} (sampler.publish_tolerance)"
+            )
+        return gap
 
     async def save(self, request: CheckpointRequest) -> CheckpointResponse:
         """Let the trainer write model and training state."""
@@ -144,7 +159,7 @@ class SplitPolicyActor(Actor, PolicyService):
         return response
 
 
-def largest_gap(one: ScoreResponse, other: ScoreResponse) -> float:
-    """Largest absolute difference of log-probs over all tokens; NaN if any of them is."""
-    pairs = zip(one.logprobs, other.logprobs, strict=True)
-    return float(np.max([np.abs(a.array - b.array).max() for a, b in pairs]))
+def probes_of(sequences: Sequence[TokenIds]) -> list[TokenIds]:
+    """The cheapest sequences that are long enough, or else the longest; one token alone has nothing to compare."""
+    by_use = sorted(sequences, key=lambda ids: (len(ids) < PROBE_LENGTH, abs(len(ids) - PROBE_LENGTH)))
+    return [ids for ids in by_use if len(ids) > 1][:PROBES]

@@ -6,7 +6,7 @@ whatever else goes on around it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,55 +15,16 @@ from numpy.typing import NDArray
 from transformers.cache_utils import Cache
 
 from actors.policy.cache import join_caches, new_cache, select_rows
-from actors.policy.chat import TextTail
 from actors.policy.choose import Uniforms, next_tokens
 from actors.policy.loading import Loaded
 from actors.policy.microbatch import by_length, pad_left
-from protocols.errors import Corrupt
-from protocols.messages import Completion, FinishReason, SamplingParams
+from actors.policy.rows import EncodedPrompt, OnToken, Row, new_rows
+from protocols.messages import Completion, SamplingParams
 from protocols.policy import SamplerConfig
 
 PREFILL_TOKENS = 16384
 # Dropping rows copies the cache, so it waits until this share of them is done.
 DROP_SHARE = 1 / 8
-
-
-@dataclass(frozen=True)
-class EncodedPrompt:
-    """A prompt ready for the model: token ids int32[T] and the seed of its samples."""
-
-    tokens: NDArray[np.int32]
-    seed: int
-
-
-@dataclass
-class Row:
-    """One completion while it grows."""
-
-    prompt: int
-    sample: int
-    room: int
-    tail: TextTail | None = None
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    finish: FinishReason | None = None
-
-    def grow(self, token: int, logprob: float, stops: set[int]) -> str:
-        """Append one token and see whether that ends the row. Returns the new text, if somebody wants text."""
-        self.tokens.append(token)
-        self.logprobs.append(logprob)
-        text = self.tail.push(token) if self.tail else ""
-        if token in stops:
-            self.finish = FinishReason.STOP
-        elif self.tail and self.tail.stopped:
-            self.finish = FinishReason.STOP_TEXT
-        elif len(self.tokens) >= self.room:
-            self.finish = FinishReason.LENGTH
-        return text + self.tail.finish() if self.tail and self.finish else text
-
-
-OnToken = Callable[[Row, str], None]
-"""Called with a row that has just grown, and the text that it grew by."""
 
 
 class TransformersSampler:
@@ -88,17 +49,13 @@ class TransformersSampler:
 
         Raises Corrupt when the model's logits are not numbers.
         """
-        context = self._loaded.context_length
-        rooms = [min(params.max_tokens, context - len(prompt.tokens)) for prompt in prompts]
-        rows = [Row(p, i, rooms[p]) for p in range(len(prompts)) for i in range(n)]
-        if on_token or params.stop:
-            for row in rows:
-                row.tail = TextTail(self._loaded.tokenizer, params.stop)
-        lengths = [len(prompt.tokens) + room for prompt, room in zip(prompts, rooms, strict=True)]
+        rows = new_rows(prompts, n, params, self._loaded, text=on_token is not None)
+        lengths = [len(prompt.tokens) + rows[p * n].room for p, prompt in enumerate(prompts)]
         for batch in self._batches(rows, lengths, n):
             if not cancelled():
-                self._decode(prompts, batch, params, on_token, cancelled)
-        return [[self._completion(row, version) for row in rows[p * n : p * n + n]] for p in range(len(prompts))]
+                self._decode(prompts, batch, params, version, on_token, cancelled)
+        tokenizer = self._loaded.tokenizer
+        return [[row.completion(tokenizer) for row in rows[p * n : p * n + n]] for p in range(len(prompts))]
 
     def _batches(self, rows: list[Row], lengths: list[int], n: int) -> Iterator[list[Row]]:
         """Rows that are decoded side by side: within the row and the cache limit, similar lengths together."""
@@ -117,6 +74,7 @@ class TransformersSampler:
         prompts: Sequence[EncodedPrompt],
         rows: list[Row],
         params: SamplingParams,
+        version: int,
         on_token: OnToken | None,
         cancelled: Callable[[], bool],
     ) -> None:
@@ -128,7 +86,7 @@ class TransformersSampler:
         while True:
             drawn = torch.from_numpy(np.ascontiguousarray(uniforms.next())).to(device)
             tokens_R, logprobs_R = next_tokens(batch.logits_RV, drawn, params)
-            self._grow(rows, tokens_R.tolist(), logprobs_R.tolist(), stops, on_token)
+            self._grow(rows, tokens_R.tolist(), logprobs_R.tolist(), version, stops, on_token)
             alive = np.flatnonzero([row.finish is None for row in rows])
             if not alive.size or cancelled():
                 return
@@ -177,31 +135,17 @@ class TransformersSampler:
         rows: list[Row],
         tokens: list[int],
         logprobs: list[float],
+        version: int,
         stops: set[int],
         on_token: OnToken | None,
     ) -> None:
         """Append one token to every unfinished row."""
         for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
             if row.finish is None:
-                text = row.grow(token, logprob, stops)
+                text = row.grow(token, logprob, version, stops)
                 self.decoded_tokens += 1
                 if on_token:
                     on_token(row, text)
-
-    def _completion(self, row: Row, version: int) -> Completion:
-        logprobs = np.asarray(row.logprobs, np.float32)
-        if np.isnan(logprobs).any():
-            raise Corrupt(f"the model's logits at weight version {version} are not numbers")
-        text = row.tail.text if row.tail else ""
-        if row.finish is not FinishReason.STOP_TEXT:
-            text = self._loaded.tokenizer.decode(row.tokens, skip_special_tokens=True)
-        return Completion(
-            tokens=np.asarray(row.tokens, np.int32),
-            text=text,
-            logprobs=logprobs,
-            versions=np.full(len(row.tokens), version, np.int32),
-            finish_reason=row.finish or FinishReason.ABORTED,
-        )
 
 
 @dataclass

@@ -82,7 +82,9 @@ async def test_five_updates_are_the_same(two: tuple[PolicyService, PolicyService
         assert await sample(split) == await sample(shared)
         assert await update(split, step) == await update(shared, step)
         published = await split.publish(Empty())
-        assert (published.version, published.gap) == (step + 1, 0.0)
+        assert published.version == step + 1
+        # What a sampler draws with its cache differs from a whole pass in the last bits.
+        assert published.gap < 1e-5
         assert await split.score(PROBED) == await shared.score(PROBED)
     assert (await split.info(Empty())) == (await shared.info(Empty()))
 
@@ -198,7 +200,11 @@ async def test_the_probe_catches_a_sampler_that_does_not_switch(
 ) -> None:
     lazy = cluster._started["split-sampler"][1]
     assert isinstance(lazy, InlineTransport)
-    monkeypatch.setattr(lazy.actor, "_switch", lambda tensors, version: None)
+
+    async def stay(*_: Any) -> None:
+        pass
+
+    monkeypatch.setattr(lazy.actor, "_switch", stay)
     await update(two[1])
     with pytest.raises(Corrupt, match="sampler 1 at version 0 differs from the trainer at version 1"):
         await two[1].publish(Empty())

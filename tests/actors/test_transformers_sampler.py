@@ -13,7 +13,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from actors.policy import cache, forward, transformers_sampler
 from actors.policy.cache import check_cache
 from actors.policy.loading import Loaded, load
-from actors.policy.transformers_sampler import EncodedPrompt, TransformersSampler
+from actors.policy.rows import EncodedPrompt
+from actors.policy.transformers_sampler import TransformersSampler
 from protocols.errors import BadInput, Corrupt
 from protocols.messages import Completion, FinishReason, SamplingParams
 from protocols.policy import PolicyConfig, SamplerConfig
