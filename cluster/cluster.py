@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,6 +11,7 @@ from actors.actor import Actor, start
 from cluster.config import MethodConfig
 from cluster.handle import Transport, call_times, make_handle
 from cluster.inline import InlineTransport
+from cluster.overlap import CarriesCursor, Cursor, Rollouts, overlapped
 from cluster.progress import Progress
 from cluster.replicas import Replicas
 from cluster.run_directory import RunDirectory, read_manifest, step_of, write_atomically
@@ -21,7 +22,7 @@ from protocols.errors import BadInput, RepertoryError, classify
 from protocols.placement import Resources
 from protocols.policy import PolicyConfig, PolicyService
 from protocols.questioner import QuestionerConfig, QuestionerService
-from protocols.service import Service
+from protocols.service import CheckpointRequest, Service
 from protocols.verifier import VerifierConfig, VerifierService
 from protocols.workers import Rank, SamplerService, TrainerService
 
@@ -43,6 +44,7 @@ class Cluster:
         # What must end however the run is left, last in, first out; a failure in one does not spare the others.
         self._open = AsyncExitStack()
         self._connected = False
+        self._activity: Callable[[str], None] = print
 
     @property
     def saved_config(self) -> dict[str, Any]:
@@ -235,12 +237,55 @@ class Cluster:
         The run's folder is created or taken over here, after all actors are up: a run that cannot start
         leaves nothing behind. Raises BadInput if the folder belongs to another configuration.
         """
+        async with aclosing(self._steps(state, first, {})) as iterator:
+            async for step in iterator:
+                yield step
+
+    async def overlapped(
+        self,
+        state: CarriesCursor[Cursor],
+        produce: Callable[[Step, Cursor], Awaitable[Rollouts]],
+        *,
+        staleness: int,
+        first: int = 1,
+    ) -> AsyncIterator[tuple[Step, Rollouts]]:
+        """As `steps`, each with what `produce` made for it, up to `staleness` steps ahead of the loop's body.
+
+        `produce` gets the step and the loop's cursor, `state.rollout`, which it may change. Policies are committed
+        as they are after the body of a step, all other actors as they were when its rollouts were done.
+        """
+        assert isinstance(state, LoopState)
+        begun: dict[int, Step] = {}
+
+        def step_of(index: int) -> Step:
+            return begun.setdefault(index, Step(index, self.config.seed, self._activity))
+
+        async def keep(index: int) -> None:
+            for name, actor in self._committed.items():
+                if not isinstance(actor, PolicyService):
+                    await actor.save(CheckpointRequest(path=str(self.directory.ahead(index) / name)))
+
+        iterator = overlapped(
+            self._steps(state, first, begun),
+            state,
+            produce,
+            staleness=staleness,
+            last=self.config.steps,
+            step_of=step_of,
+            keep=keep,
+        )
+        async with aclosing(iterator):
+            async for step, rollouts in iterator:
+                yield step, rollouts
+
+    async def _steps(self, state: LoopState, first: int, begun: dict[int, Step]) -> AsyncGenerator[Step, None]:
         config = self.config
         tracker = self._open_run()
         latest = self.directory.latest()
         done = step_of(latest) if latest else first - 1
         title = f"{self.method} {self._run}"
         progress = self._open.enter_context(Progress(title, config.steps, done=max(done, 0), headline=self._headline))
+        self._activity = progress.activity
         iterator = steps(
             self.directory,
             self._committed,
@@ -250,8 +295,9 @@ class Cluster:
             seed=config.seed,
             checkpoint_every=config.checkpoint_every,
             keep=config.keep_checkpoints,
-            show=progress.activity,
+            show=self._activity,
             on_commit=functools.partial(_show, progress, tracker),
+            begun=begun,
         )
         async with aclosing(iterator):
             async for step in iterator:

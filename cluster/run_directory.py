@@ -119,6 +119,14 @@ class RunDirectory:
         staging.mkdir(parents=True)
         return staging
 
+    def ahead(self, step: int) -> Path:
+        """Where actors write down what they were when the rollouts of a step were done; may not exist."""
+        return self.checkpoints / ".ahead" / f"step-{step}"
+
+    def forget_ahead(self, step: int | None = None) -> None:
+        """Remove what is there for a step, or for all: then rollouts that were never trained on have left it."""
+        shutil.rmtree(self.checkpoints / ".ahead" if step is None else self.ahead(step), ignore_errors=True)
+
     def commit(self, staging: Path, step: int, finished: str, keep: int) -> Path:
         """Make a written checkpoint the latest, in one rename, and remove all but the last `keep`."""
         journals = {name: self._flushed_size(name) for name in JOURNALS}

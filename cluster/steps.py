@@ -1,5 +1,6 @@
 """The step iterator: everything set in a step commits together, or not at all."""
 
+import os
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from pathlib import Path
@@ -85,13 +86,18 @@ async def steps(
     keep: int,
     show: Callable[[str], None],
     on_commit: Callable[[Step], None],
+    begun: dict[int, Step] | None = None,
 ) -> AsyncGenerator[Step, None]:
-    """Yield the steps that are left, committing each when the loop comes back for the next."""
+    """Yield the steps that are left, committing each when the loop comes back for the next.
+
+    `begun`: steps that some work was done for before their turn; they are taken out of it.
+    """
+    directory.forget_ahead()
     done, finished = await restore(directory, actors, state, first)
     for index in range(done + 1, total + 1):
         if finished:
             return
-        step = Step(index, seed, show)
+        step = (begun or {}).pop(index, None) or Step(index, seed, show)
         started = time.monotonic()
         yield step
         seconds = time.monotonic() - started
@@ -104,6 +110,7 @@ async def steps(
         directory.append("timings.jsonl", [{"step": index, **step.timings}])
         if index % checkpoint_every == 0 or index == total or finished:
             await commit(directory, actors, state, index, finished, keep)
+        directory.forget_ahead(index)
         on_commit(step)
 
 
@@ -118,7 +125,12 @@ async def commit(
     """Write the state of all actors and of the loop, then make it the latest checkpoint."""
     staging = directory.begin_checkpoint()
     for name, actor in actors.items():
-        await actor.save(CheckpointRequest(path=str(staging / name)))
+        earlier = directory.ahead(step) / name
+        if earlier.is_dir():
+            # The actor has been at work for later steps since.
+            os.rename(earlier, staging / name)
+        else:
+            await actor.save(CheckpointRequest(path=str(staging / name)))
     write_atomically(staging / "loop.json", state.model_dump_json())
     directory.commit(staging, step, finished, keep)
 

@@ -2,7 +2,7 @@
 
 One policy plays three roles. The questioner writes a question with a reference answer from some documents of a
 cluster; the responder answers it from all of them, several times; the verifier votes on whether answer and
-reference mean the same. All three learn from one combined update, strictly on-policy. Where this differs from the
+reference mean the same. All three learn from one combined update. Where this differs from the
 paper and its reference code is in docs/methods/spell.md.
 """
 
@@ -39,15 +39,22 @@ HEADLINE = ("reward/responder", "eval/gold")
 KEEP_RATE_WINDOW = 5
 
 
-class State(LoopState):
-    """What the loop carries from step to step beside weights and history memory."""
+class Cursor(LoopState):
+    """What self-play carries from step to step beside the history memory."""
 
-    documents: str = ""
-    """Digest of the clusters, so that a run is not continued over other texts."""
     drawn: dict[str, int] = {}
     """Clusters dealt out so far, by task."""
     keep_rates: list[tuple[int, int]] = []
     """Questions asked and questions good, of the last steps."""
+
+
+class State(LoopState):
+    """What the loop carries from step to step beside weights."""
+
+    rollout: Cursor = Cursor()
+    """Where self-play stands."""
+    documents: str = ""
+    """Digest of the clusters, so that a run is not continued over other texts."""
     extra_documents: int = 0
     """How much m was raised because steps starved."""
     best_gold: float = 0.0
@@ -68,10 +75,13 @@ async def run(cluster: Cluster, config: Config) -> None:
     state = State()
     digest = documents_digest(world)
 
-    async for step in cluster.steps(state, first=0):
+    async def rollouts(step: Step, cursor: Cursor) -> list[Round]:
         check_same_documents(state, digest)
+        documents = config.questioner.documents + state.extra_documents
+        return await self_play(step, cast, world, gold, config, documents, cursor) if step.index else []
+
+    async for step, rounds in cluster.overlapped(state, rollouts, staleness=config.staleness, first=0):
         if step.index > 0:
-            rounds = await self_play(step, cast, world, gold, config, state)
             batch = assemble(rounds, config, step.rng("batch"))
             starved = batch.good < config.starved_share * config.questions_per_step
             if starved:
@@ -149,16 +159,22 @@ async def make_cast(
 
 
 async def self_play(
-    step: Step, cast: Cast, world: World, gold: dict[str, list[GoldQuestion]], config: Config, state: State
+    step: Step,
+    cast: Cast,
+    world: World,
+    gold: dict[str, list[GoldQuestion]],
+    config: Config,
+    documents: int,
+    cursor: Cursor,
 ) -> list[Round]:
-    """Ask questions until N are good (section 2.2, steps 1 to 8).
+    """Ask questions from m = `documents` each until N are good (section 2.2, steps 1 to 8).
 
     Chunks of questions are in different stages at the same time. A new one is launched only if those done and
     those under way, at the usual share of good ones, do not promise enough; at most `most_batches` generation
     batches are. Results are taken in the order of launching, so the outcome does not depend on timing.
     """
-    source = cluster_source(world, gold, config, state.drawn)
-    keep_rate = usual_keep_rate(state, config)
+    source = cluster_source(world, gold, config, cursor.drawn)
+    keep_rate = usual_keep_rate(cursor, config)
     most = config.most_batches * config.generation_batch
     rounds: list[Round] = []
     busy: set[str] = set()
@@ -184,7 +200,6 @@ async def self_play(
             rng = random.Random(seed)
             fresh = [given(c, rng.choice(gold[c.question_id]), u) for c, u in zip(clusters, uids, strict=True)]
         else:
-            documents = config.questioner.documents + state.extra_documents
             fresh = await propose(cast, config, clusters, uids, seed, documents)
         return await play(cast, config, fresh, seed)
 
@@ -196,7 +211,7 @@ async def self_play(
             await cast.questioner.remember(RememberRequest(proposals=worth))
             good += sum(round_.fate is Fate.GOOD for round_ in done)
             step.activity(f"{good} of {config.questions_per_step} good questions, {len(rounds)} asked")
-    state.keep_rates = [*state.keep_rates, (len(rounds), good)][-KEEP_RATE_WINDOW:]
+    cursor.keep_rates = [*cursor.keep_rates, (len(rounds), good)][-KEEP_RATE_WINDOW:]
     return rounds
 
 
@@ -208,12 +223,12 @@ def cluster_source(
     return ClusterSource(playable, config.task_weights, config.seed, drawn)
 
 
-def usual_keep_rate(state: State, config: Config) -> float:
+def usual_keep_rate(cursor: Cursor, config: Config) -> float:
     """Share of good questions in the last steps; at the start, what the generation batch is sized for."""
-    asked = sum(asked for asked, _ in state.keep_rates)
+    asked = sum(asked for asked, _ in cursor.keep_rates)
     if not asked:
         return min(1.0, config.questions_per_step / config.generation_batch)
-    return max(0.02, sum(good for _, good in state.keep_rates) / asked)
+    return max(0.02, sum(good for _, good in cursor.keep_rates) / asked)
 
 
 def is_remembered(round_: Round, config: Config) -> bool:
@@ -228,11 +243,12 @@ async def learn(
 ) -> dict[str, float]:
     """The combined update (section 2.7): one optimiser step on all roles, or several if epochs ask for them."""
     version = (await policy.info(Empty())).version
-    rows = train_rows(batch.samples, per_role=config.roles.weights is not None)
+    rows = train_rows(batch.samples, per_role=config.roles.weights is not None, ratios=config.staleness > 0)
     if not rows:
         return {}
-    check_on_policy(rows, version)
-    if config.epochs * config.mini_batches > 1:
+    updates = config.epochs * config.mini_batches
+    lag = lag_of(rows, version, config.staleness * updates)
+    if updates > 1 and config.staleness == 0:
         rows = await scored(policy, rows, "sampled_logprobs", config.loss.temperature)
     if reference is not None:
         rows = await scored(reference, rows, "reference_logprobs", config.loss.temperature)
@@ -250,19 +266,29 @@ async def learn(
         "train/grad_norm": update.grad_norm,
         "train/lr": update.learning_rate,
         "train/publish_gap": published.gap,
+        "train/lag": lag,
     }
     for term, values in report.terms.items():
         metrics |= {f"train/{term}_{name}": value for name, value in values.metrics.items()}
+        if squared := metrics.pop(f"train/{term}_ratio_squared", 0.0):
+            # Kish's effective sample size, as a share of the tokens.
+            metrics[f"train/{term}_ess"] = values.metrics["ratio"] ** 2 / squared
     return metrics
 
 
-def check_on_policy(rows: Sequence[TrainRow], version: int) -> None:
-    """Raise Stale if any token to be trained on was sampled under other weights than the present ones."""
+def lag_of(rows: Sequence[TrainRow], version: int, most: int) -> float:
+    """Mean age of the sampled tokens, in optimiser steps. Raises Stale if any is older than `most`."""
+    ages = []
     for row in rows:
         assert row.versions is not None
-        sampled = {int(v) for v in np.unique(row.versions.array)} - {-1}
-        if sampled != {version}:
-            raise Stale(f"{row.row_id} was sampled under the weights {sorted(sampled)}, now they are {version}")
+        sampled = row.versions.array[row.versions.array >= 0]
+        if sampled.min() < version - most or sampled.max() > version:
+            raise Stale(
+                f"{row.row_id} was sampled under the weights {sorted(set(sampled.tolist()))}, now they are {version},"
+                f" and {most} optimiser steps back are allowed"
+            )
+        ages.append(version - sampled)
+    return float(np.concatenate(ages).mean())
 
 
 async def scored(policy: PolicyService, rows: list[TrainRow], name: str, temperature: float) -> list[TrainRow]:

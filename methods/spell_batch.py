@@ -198,23 +198,28 @@ def _answer_facts(round_: Round, judgement: Judgement) -> dict[str, Any]:
     }
 
 
-def train_rows(samples: Iterable[Sample], per_role: bool) -> list[TrainRow]:
-    """Training rows: the advantage of a sample on each of its sampled tokens; none for one without tokens."""
+def train_rows(samples: Iterable[Sample], *, per_role: bool, ratios: bool = False) -> list[TrainRow]:
+    """Training rows: the advantage of a sample on each of its sampled tokens; none for one without tokens.
+
+    `ratios`: the loss weighs each token by its probability now over that with which it was sampled.
+    """
     return [
-        _train_row(sample, sample.role if per_role else "policy")
+        _train_row(sample, sample.role if per_role else "policy", ratios)
         for sample in samples
         if len(sample.completion.tokens)
     ]
 
 
-def _train_row(sample: Sample, term: str) -> TrainRow:
+def _train_row(sample: Sample, term: str, ratios: bool) -> TrainRow:
     prompt, completion = sample.prompt_tokens.array, sample.completion.tokens.array
     lengths = len(prompt), len(completion)
+    sampled = np.concatenate([np.zeros(len(prompt), np.float32), sample.completion.logprobs.array])
     return TrainRow(
         row_id=f"{sample.role}/{sample.uid}",
         tokens=Tensor(np.concatenate([prompt, completion])),
         terms={term: Tensor(on_tokens(1.0, *lengths))},
         advantages=Tensor(on_tokens(sample.advantage, *lengths)),
+        sampled_logprobs=Tensor(sampled) if ratios else None,
         versions=Tensor(np.concatenate([np.full(len(prompt), -1, np.int32), sample.completion.versions.array])),
     )
 

@@ -177,6 +177,9 @@ class Config(MethodConfig):
     """The policy-gradient loss; its temperature must be that of sampling."""
     epochs: int = Field(default=1, ge=1)
     """Passes over a batch."""
+    staleness: int = Field(default=0, ge=0)
+    """Steps that self-play may be ahead of training. 0: strictly on-policy, one after the other. From 1 on both go on
+    at once, ratios come into play, and runs no longer repeat to the last digit."""
     mini_batches: int = Field(default=1, ge=1)
     """Optimiser steps per pass; above 1 step in all, ratios come into play."""
     audit: AuditConfig = AuditConfig()

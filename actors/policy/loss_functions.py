@@ -62,6 +62,7 @@ def grpo(spec: GRPOLoss, batch: TokenBatch) -> TokenLoss:
         loss_BT = torch.where(advantages_BT < 0, bounded_BT, loss_BT)
     metrics = {
         "ratio": ratio_BT.detach(),
+        "ratio_squared": ratio_BT.detach().square(),
         "clip_share": (ratio_BT != clipped_BT).float(),
         "sampler_gap": log_ratio_BT.detach().abs(),
         "entropy": batch.entropy_BT.detach(),

@@ -78,6 +78,8 @@ class VLLMEngine:
             ) from error
         from actors.policy.vllm_worker import install_sampler
 
+        if not on_gpu(self._config):
+            check_heads(self._outline)
         set_threads = torch.set_num_threads
         set_threads(self._config.threads or len(os.sched_getaffinity(0)))
         try:
@@ -127,8 +129,8 @@ class VLLMEngine:
                 for ticket in await self.run(self._step):
                     if not ticket.done.done():
                         ticket.done.set_result(None)
+        # Nothing can be said about requests in an engine that failed: whoever waits must know.
         except Exception as error:  # noqa: BLE001
-            # Nothing can be said about requests in an engine that failed: whoever waits must know.
             for ticket in self._tickets.values():
                 if not ticket.done.done():
                     ticket.done.set_exception(Unavailable(f"vLLM has failed: {error!r}"))
@@ -190,10 +192,29 @@ class VLLMEngine:
         self._engine = None
 
 
+def on_gpu(config: PolicyConfig) -> bool:
+    """Whether vLLM will compute on a GPU."""
+    return torch.cuda.is_available() and config.device != "cpu"
+
+
+def check_heads(outline: Loaded) -> None:
+    """Raise BadInput for attention heads that vLLM cannot compute on a CPU; it would say so at the first token."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    config = outline.model.config.get_text_config()
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    supported = CPUAttentionBackend.get_supported_head_sizes()
+    if size not in supported:
+        raise BadInput(
+            f"sampler.engine: the model's attention heads are {size} wide; vLLM on a CPU computes"
+            f" {', '.join(map(str, supported))}; set it to transformers"
+        )
+
+
 def engine_arguments(config: PolicyConfig, outline: Loaded) -> dict[str, Any]:
     """vLLM's arguments for a policy's configuration and its model without weights."""
-    sampler, on_gpu = config.sampler, torch.cuda.is_available() and config.device != "cpu"
-    cache_gib = sampler.cache_gib or (0 if on_gpu else 1)
+    sampler, gpu = config.sampler, on_gpu(config)
+    cache_gib = sampler.cache_gib or (0 if gpu else 1)
     source = resolve(config.model)
     return {
         "model": source,
@@ -207,8 +228,8 @@ def engine_arguments(config: PolicyConfig, outline: Loaded) -> dict[str, Any]:
         # A share of a GPU shares its memory too; a tenth is for what torch itself takes.
         "gpu_memory_utilization": 0.9 * min(config.resources.gpus or 1.0, 1.0),
         "kv_cache_memory_bytes": int(cache_gib * (1 << 30)) or None,
-        "enforce_eager": not on_gpu,
-        "enable_sleep_mode": sampler.sleep and on_gpu,
+        "enforce_eager": not gpu,
+        "enable_sleep_mode": sampler.sleep and gpu,
         "enable_prefix_caching": True,
         "async_scheduling": False,
         "disable_log_stats": True,
@@ -216,7 +237,7 @@ def engine_arguments(config: PolicyConfig, outline: Loaded) -> dict[str, Any]:
         # Else a model that was not trained to write JSON may fill its room with blanks.
         "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
         **_lora_arguments(config.lora, outline),
-    } | ({} if on_gpu else {"block_size": 32})
+    } | ({} if gpu else {"block_size": 32})
 
 
 def _lora_arguments(lora: LoRAConfig | None, outline: Loaded) -> dict[str, Any]:

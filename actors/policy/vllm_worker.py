@@ -85,3 +85,15 @@ def load_weights(worker: Any, tensors: dict[str, Tensor]) -> None:
     """Replace all weights; names and shapes are those of a Hugging Face checkpoint."""
     named = ((name, tensor.torch()) for name, tensor in tensors.items())
     worker.model_runner.reload_weights(weights_iterator=named, is_checkpoint_format=True)
+    for layer in _tied(worker.model_runner.get_model()):
+        # On a CPU a layer computes with a packed copy of its weight; vLLM forgets that of a tied output layer.
+        layer.quant_method.process_weights_after_loading(layer)
+
+
+def _tied(model: torch.nn.Module) -> list[Any]:
+    """Layers that share their weight with another one."""
+    sharing: dict[int, list[Any]] = defaultdict(list)
+    for layer in model.modules():
+        if hasattr(layer, "quant_method") and isinstance(getattr(layer, "weight", None), torch.nn.Parameter):
+            sharing[id(layer.weight)].append(layer)
+    return [layer for layers in sharing.values() if len(layers) > 1 for layer in layers]

@@ -140,6 +140,7 @@ def test_metrics_of_the_policy_gradient() -> None:
     metrics = grpo(GRPOLoss(kl_coef=0.1), given).metrics
     assert {name: values.tolist()[0] for name, values in metrics.items()} == {
         "ratio": pytest.approx([1.0, math.exp(0.5)]),
+        "ratio_squared": pytest.approx([1.0, math.exp(1.0)]),
         "clip_share": [0.0, 1.0],
         "sampler_gap": pytest.approx([0.0, 0.5]),
         "entropy": pytest.approx([0.7, 0.7]),

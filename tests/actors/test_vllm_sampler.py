@@ -217,6 +217,13 @@ async def test_structures(cluster: Cluster) -> None:
     assert {json.loads(text)["a"] for text in found} <= {1, 22}
 
 
+async def test_narrow_heads_are_refused_at_the_start(cluster: Cluster, ledger_dir: Path) -> None:
+    with pytest.raises(
+        BadInput, match=r"heads are 16 wide; vLLM on a CPU computes 32, 64, .* set it to transformers"
+    ):
+        await cluster.policy(a_policy(str(ledger_dir), "vllm", init="random"))
+
+
 async def test_the_transformers_sampler_has_no_structures(cluster: Cluster, models: dict[str, str]) -> None:
     policy = await cluster.policy(a_policy(models["llama"], "transformers"))
     params = SamplingParams(structure=Structure(choices=["yes"]))
@@ -261,15 +268,15 @@ async def update(policy: PolicyService, seed: int) -> None:
 TRAINER = {"learning_rate": 1e-2, "micro_batch_tokens": 512}
 
 
-@pytest.mark.parametrize("lora", [None, {"rank": 4}])
+@pytest.mark.parametrize(
+    ("name", "lora"), [("llama", None), ("qwen3", None), ("gemma2", None), ("llama", {"rank": 4})]
+)
 async def test_publication_with_requests_in_flight(
-    lora: dict[str, int] | None, cluster: Cluster, models: dict[str, str]
+    name: str, lora: dict[str, int] | None, cluster: Cluster, models: dict[str, str]
 ) -> None:
     """After each of five updates samplers and trainer agree; tokens say which weights drew them, and it is true."""
-    shared = await cluster.policy(
-        a_policy(models["llama"], "transformers", trainer=TRAINER, lora=lora), name="shared"
-    )
-    split = await cluster.policy(a_policy(models["llama"], "vllm", trainer=TRAINER, lora=lora), name="split")
+    shared = await cluster.policy(a_policy(models[name], "transformers", trainer=TRAINER, lora=lora), name="shared")
+    split = await cluster.policy(a_policy(models[name], "vllm", trainer=TRAINER, lora=lora), name="split")
     asked = SampleRequest(prompts=PROMPTS, n=3, params=SamplingParams(max_tokens=100, stop_token_ids=[]))
     mixed = []
     for step in range(5):

@@ -8,7 +8,7 @@ import pytest
 
 import methods.spell
 from cluster.steps import Step
-from methods.spell import State, self_play
+from methods.spell import Cursor, self_play
 from methods.spell_config import Config
 from methods.spell_rounds import Cast, Fate, Round
 from protocols.errors import Internal
@@ -55,16 +55,16 @@ def world_of(toys: SimpleNamespace) -> Any:
 
 async def played(
     toys: SimpleNamespace, wait: Any, steps: int = 3, right: float = 0.4, **values: Any
-) -> tuple[list[Any], dict[str, Any], State]:
+) -> tuple[list[Any], dict[str, Any], Cursor]:
     """Rounds, memories and loop state after some steps, as plain data."""
     config = toys.config(questions_per_step=6, generation_batch=20, chunk=3, chunks_in_flight=4, **values)
     policy = toys.Policy(toys.writer(right=right))
     policy.before = wait
     cast = await toys.cast(policy, config.questioner, config.verifier)
-    world, state, seen = world_of(toys), State(), []
+    world, state, seen = world_of(toys), Cursor(), []
     for index in range(1, steps + 1):
         step = Step(index, config.seed, lambda text: None)
-        for round_ in await self_play(step, cast, world, {}, config, state):
+        for round_ in await self_play(step, cast, world, {}, config, config.questioner.documents, state):
             answers = round_.answers.model_dump_json() if round_.answers else None
             seen.append((round_.proposal.model_dump_json(), round_.fate, answers, round_.rewards, round_.probe_hits))
     memories = {
@@ -104,7 +104,7 @@ async def test_no_more_chunks_than_allowed_are_under_way(
     policy.before = restless(1)
     cast = await toys.cast(policy, config.questioner)
     world = toys.World([toys.cluster(f"c{i}") for i in range(40)])
-    await self_play(Step(1, 0, lambda text: None), cast, world, {}, config, State())
+    await self_play(Step(1, 0, lambda text: None), cast, world, {}, config, config.questioner.documents, Cursor())
     assert watch.most == window
     assert not watch.running
 
@@ -115,15 +115,15 @@ def all_good(toys: SimpleNamespace) -> Any:
     return lambda call: (lost if call.kind == "answer" and call.index % 2 else able)(call)
 
 
-async def ask(toys: SimpleNamespace, write: Any, state: State, clusters: int = 60, **values: Any) -> list[Round]:
+async def ask(toys: SimpleNamespace, write: Any, state: Cursor, clusters: int = 60, **values: Any) -> list[Round]:
     config = toys.config(questions_per_step=8, generation_batch=16, chunk=2, chunks_in_flight=3, **values)
     cast = await toys.cast(toys.Policy(write), config.questioner, config.verifier)
     world = toys.World([toys.cluster(f"c{i}") for i in range(clusters)])
-    return await self_play(Step(1, 0, lambda text: None), cast, world, {}, config, state)
+    return await self_play(Step(1, 0, lambda text: None), cast, world, {}, config, config.questioner.documents, state)
 
 
 async def test_launching_stops_when_enough_is_promised(toys: SimpleNamespace) -> None:
-    state = State()
+    state = Cursor()
     # Half is expected to be good at first, so what is done and what is under way promise 8 earlier than 16 asked.
     first = await ask(toys, all_good(toys), state)
     assert [round_.fate for round_ in first] == [Fate.GOOD] * len(first)
@@ -141,7 +141,7 @@ async def test_launching_goes_on_while_too_few_are_good(toys: SimpleNamespace) -
         number = int(call.uid.split("/")[0].split("-")[1])
         return (good if number % 4 == 0 else rare)(call)
 
-    state = State()
+    state = Cursor()
     rounds = await ask(toys, write, state, verifier={"mode": "rules"})
     assert sum(round_.fate is Fate.GOOD for round_ in rounds) >= 8
     assert len(rounds) >= 29
@@ -152,19 +152,21 @@ async def test_launching_goes_on_while_too_few_are_good(toys: SimpleNamespace) -
 async def test_a_step_never_asks_more_than_its_batches(
     toys: SimpleNamespace, most_batches: int, batch: int, asked: int
 ) -> None:
-    state = State()
+    state = Cursor()
     config = {"most_batches": most_batches}
     hopeless = toys.Policy(toys.writer(right=1.0)).write
     toys_config = toys.config(questions_per_step=8, generation_batch=batch, chunk=2, chunks_in_flight=3, **config)
     cast = await toys.cast(toys.Policy(hopeless), toys_config.questioner)
     world = toys.World([toys.cluster(f"c{i}") for i in range(60)])
-    rounds = await self_play(Step(1, 0, lambda text: None), cast, world, {}, toys_config, state)
+    rounds = await self_play(
+        Step(1, 0, lambda text: None), cast, world, {}, toys_config, toys_config.questioner.documents, state
+    )
     assert len(rounds) == asked
     assert state.keep_rates == [(asked, 0)]
 
 
 async def test_one_cluster_is_enough(toys: SimpleNamespace) -> None:
-    rounds = await ask(toys, all_good(toys), State(), clusters=1)
+    rounds = await ask(toys, all_good(toys), Cursor(), clusters=1)
     assert len(rounds) >= 8
     assert [round_.proposal.history_used for round_ in rounds][:4] == [0, 1, 2, 3]
 
@@ -173,10 +175,12 @@ async def test_questions_of_a_step_have_names_and_seeds_of_their_own(toys: Simpl
     policy = toys.Policy(all_good(toys))
     config = toys.config(questions_per_step=8, generation_batch=16)
     cast = await toys.cast(policy, config.questioner)
-    world, state = toys.World([toys.cluster(f"c{i}") for i in range(9)]), State()
+    world, state = toys.World([toys.cluster(f"c{i}") for i in range(9)]), Cursor()
     names = []
     for index in (1, 2):
-        rounds = await self_play(Step(index, 0, lambda text: None), cast, world, {}, config, state)
+        rounds = await self_play(
+            Step(index, 0, lambda text: None), cast, world, {}, config, config.questioner.documents, state
+        )
         names += [round_.proposal.uid for round_ in rounds]
         assert names[-1].startswith(f"{index}-")
     assert len(set(names)) == len(names)
@@ -193,4 +197,4 @@ async def test_a_failing_chunk_fails_the_step(toys: SimpleNamespace) -> None:
         return able(call)
 
     with pytest.raises(Internal, match="the model broke"):
-        await ask(toys, write, State())
+        await ask(toys, write, Cursor())

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from methods.spell import State, check_on_policy, learn, usual_keep_rate
+from methods.spell import Cursor, lag_of, learn, usual_keep_rate
 from methods.spell_batch import Batch, Sample, assemble, dump_row, loss_terms, train_rows
 from methods.spell_config import Config, fitted
 from methods.spell_report import dumped, log_samples
@@ -16,6 +16,7 @@ from protocols.errors import Stale
 from protocols.losses import GRPOLoss
 from protocols.messages import SamplingParams
 from protocols.questions import Task
+from protocols.tensor import Tensor
 
 GENERAL, MATH, CHOICE = Task.GENERAL, Task.MATH, Task.CHOICE
 SAID = [1, 1, 1, 0]
@@ -163,22 +164,27 @@ def test_empty_and_padded_completions(toys: SimpleNamespace) -> None:
     batch = assemble([made], toys.config(roles={"questioner": False}), rng())
     rows = train_rows(batch.samples, per_role=False)
     assert [row.row_id for row in rows] == ["responder/g/1", "responder/g/3"]
-    check_on_policy(rows, 0)
+    assert lag_of(rows, 0, 0) == 0
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert [dump_row(sample, "p")["entropy"] for sample in batch.samples] == [None, 0.25, None, 0.25]
 
 
-def test_rows_of_other_weights_are_stale(toys: SimpleNamespace) -> None:
+def test_rows_of_older_weights_than_allowed_are_stale(toys: SimpleNamespace) -> None:
     rows = train_rows(assemble(rounds_of(toys, good=1), toys.config(), rng()).samples, per_role=False)
-    check_on_policy(rows, 0)
-    with pytest.raises(Stale, match=r"responder/g0/0 was sampled under the weights \[0\], now they are 1"):
-        check_on_policy(rows, 1)
+    assert lag_of(rows, 0, 0) == 0
+    assert lag_of(rows, 1, 1) == 1
+    with pytest.raises(Stale, match=r"responder/g0/0 was sampled under the weights \[0\], now they are 1, and 0 opt"):
+        lag_of(rows, 1, 0)
     mixed = toys.completion("a b", [7, 8]).model_copy(update={"versions": np.asarray([0, 1], np.int32)})
     prompt = toys.round("u").proposal.prompt_tokens
     sample = Sample("responder", "u/1", GENERAL, prompt, type(mixed).model_validate(mixed.model_dump()), 1.0)
-    with pytest.raises(Stale, match=r"\[0, 1\]"):
-        check_on_policy(train_rows([sample], per_role=False), 1)
+    rows = train_rows([sample], per_role=False, ratios=True)
+    assert rows[0].sampled_logprobs == Tensor(np.r_[np.zeros(2), mixed.logprobs.array], "float32")
+    assert lag_of(rows, 1, 1) == 0.5
+    for version, most in ((1, 0), (3, 2), (0, 1)):
+        with pytest.raises(Stale, match=r"\[0, 1\]"):
+            lag_of(rows, version, most)
 
 
 def test_loss_terms(toys: SimpleNamespace) -> None:
@@ -307,10 +313,10 @@ async def test_what_was_written_is_shown_where_nothing_can_be_learned(toys: Simp
 
 def test_usual_keep_rate(toys: SimpleNamespace) -> None:
     config = Config(text={"documents": "toy"})
-    assert usual_keep_rate(State(), config) == pytest.approx(128 / 480)
-    assert usual_keep_rate(State(keep_rates=[(100, 40), (300, 60)]), config) == pytest.approx(0.25)
-    assert usual_keep_rate(State(keep_rates=[(4800, 0)]), config) == 0.02
-    assert usual_keep_rate(State(), toys.config(generation_batch=2)) == 1.0
+    assert usual_keep_rate(Cursor(), config) == pytest.approx(128 / 480)
+    assert usual_keep_rate(Cursor(keep_rates=[(100, 40), (300, 60)]), config) == pytest.approx(0.25)
+    assert usual_keep_rate(Cursor(keep_rates=[(4800, 0)]), config) == 0.02
+    assert usual_keep_rate(Cursor(), toys.config(generation_batch=2)) == 1.0
 
 
 def test_lengths_fit_the_model(toys: SimpleNamespace) -> None:

@@ -136,8 +136,8 @@ async def test_the_state_of_a_starved_run_is_kept(toys: SimpleNamespace, run_spe
     company = await run_spell(toys.config(steps=2), world_of(toys), policy=policy)
     saved = sorted((company.directory.path / "checkpoints").glob("step-*/loop.json"))[-1]
     state = State.model_validate_json(saved.read_text())
-    assert (state.extra_documents, state.keep_rates) == (2, [(24, 0), (24, 0)])
-    assert state.drawn == {"doc_general_qa": 48}
+    assert (state.extra_documents, state.rollout.keep_rates) == (2, [(24, 0), (24, 0)])
+    assert state.rollout.drawn == {"doc_general_qa": 48}
 
 
 async def test_expectations_are_of_the_last_five_steps(toys: SimpleNamespace, run_spell: Any) -> None:
@@ -145,7 +145,7 @@ async def test_expectations_are_of_the_last_five_steps(toys: SimpleNamespace, ru
     company = await run_spell(toys.config(steps=7, checkpoint_every=1), world_of(toys), policy=policy)
     saved = sorted((company.directory.path / "checkpoints").glob("step-*/loop.json"))[-1]
     rows = company.metrics()[-5:]
-    assert State.model_validate_json(saved.read_text()).keep_rates == [
+    assert State.model_validate_json(saved.read_text()).rollout.keep_rates == [
         (row["rounds/asked"], row["rounds/good"] + row["rounds/surplus"]) for row in rows
     ]
 
