@@ -139,6 +139,17 @@ async def test_weights_per_role_epochs_and_a_reference(run: Run) -> None:
     assert trained[-1]["train/responder_sampler_gap"] > 0
 
 
+async def test_self_play_ahead_of_training(run: Run) -> None:
+    done = await run("ahead", "staleness=2", "steps=5", "starved_share=0")
+    trained = [row for row in done.rows if "train/loss" in row]
+    assert [row["step"] for row in done.rows] == [0, 1, 2, 3, 4, 5]
+    # A step's tokens are at most as many updates old, and in the end some are.
+    assert all(0 <= row["train/lag"] <= 2 for row in trained)
+    assert trained[-1]["train/lag"] > 0
+    late = [row for row in trained if row["train/lag"] > 0]
+    assert all(0 < row["train/policy_ess"] <= 1 and row["train/policy_sampler_gap"] > 0 for row in late)
+
+
 async def test_the_gate_refuses_a_base_with_wrong_references(run: Run) -> None:
     done = await run("refused", "audit.enforce=true", "audit.least_right=0.99")
     assert [row["step"] for row in done.rows] == [0]
