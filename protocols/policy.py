@@ -82,7 +82,8 @@ class SamplerConfig(Message):
     cache_gib: float = Field(default=0.0, ge=0)
     """Of vllm: size of the key-value cache; 0: what is left of a GPU, or 1 GiB on a CPU."""
     sleep: bool = False
-    """Of vllm, for a GPU shared with the trainer: give its memory back while the trainer works."""
+    """Of vllm, for a GPU shared with the trainer: give its memory back from the first forward_backward of a step
+    until somebody samples again. Not for sampling while the trainer works (staleness above 0)."""
     replicas: int = Field(default=1, ge=1)
     """Samplers of a policy that trains; from 2 on they live apart from the trainer, and `publish` moves weights."""
     publish_tolerance: float = Field(default=0.0, ge=0)

@@ -68,6 +68,16 @@ class SamplerService(PolicyService):
         Raises Corrupt, and keeps the old weights, when names or shapes are not the model's.
         """
 
+    @rpc(dispatch="all")
+    @abstractmethod
+    async def sleep(self, request: Empty) -> Empty:
+        """Finish what is under way and give back the device's memory; later requests wait."""
+
+    @rpc(dispatch="all")
+    @abstractmethod
+    async def wake(self, request: Empty) -> Empty:
+        """Take the memory again and go on."""
+
 
 class TrainerService(Service):
     """One rank of the group that trains a policy. Every call goes to all ranks, which answer alike."""

@@ -40,6 +40,14 @@ class SamplerActor(PolicyActor, SamplerService):
             await self._switch(held, request.version)
         return Empty()
 
+    async def sleep(self, request: Empty) -> Empty:
+        """Nothing to give back: the transformers sampler holds no cache between calls."""
+        return Empty()
+
+    async def wake(self, request: Empty) -> Empty:
+        """Nothing to take."""
+        return Empty()
+
     async def _switch(self, tensors: dict[str, Tensor], version: int) -> None:
         await self._run(lambda: self._replace(tensors, version))
 

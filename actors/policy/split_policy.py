@@ -64,6 +64,9 @@ class SplitPolicyActor(Actor, PolicyService):
         self._probes: list[TokenIds] = []
         self._probed: list[TokenIds] = []
         self._version = 0
+        self._sleeps = config.sampler.sleep
+        self._asleep = False
+        self._turn = asyncio.Lock()
 
     async def health(self, request: HealthRequest) -> HealthResponse:
         """Say whether the policy can serve, and with which weights."""
@@ -85,20 +88,25 @@ class SplitPolicyActor(Actor, PolicyService):
 
     async def sample(self, request: SampleRequest) -> SampleResponse:
         """Complete prompts on one of the samplers."""
+        await self._wake()
         return await self._sampler.sample(request)
 
     async def stream(self, request: SampleRequest) -> AsyncIterator[SampleDelta]:
         """Complete prompts on one of the samplers, yielding every token as it is sampled."""
+        await self._wake()
         async with aclosing(cast(AsyncGenerator[SampleDelta], self._sampler.stream(request))) as deltas:
             async for delta in deltas:
                 yield delta
 
     async def score(self, request: ScoreRequest) -> ScoreResponse:
         """Log-probs under the published weights."""
+        await self._wake()
         return await self._sampler.score(request)
 
     async def forward_backward(self, request: ForwardBackwardRequest) -> ForwardBackwardResponse:
         """Add the gradient of the batch loss, each rank that of its share."""
+        if self._sleeps:
+            await self._sleep()
         response = await self._trainer.forward_backward(request)
         self._probes = probes_of([row.tokens for row in request.rows])
         return response
@@ -112,9 +120,23 @@ class SplitPolicyActor(Actor, PolicyService):
 
         Raises Corrupt when a sampler differs from the trainer by more than `sampler.publish_tolerance`.
         """
+        await self._wake()
         pushed = await self._trainer.push(request)
         self._version = pushed.version
         return PublishResponse(version=pushed.version, gap=await self._gap(), bytes=pushed.bytes)
+
+    async def _sleep(self) -> None:
+        """Leave the device to the trainer."""
+        async with self._turn:
+            if not self._asleep:
+                await self._sampler.sleep(Empty())
+                self._asleep = True
+
+    async def _wake(self) -> None:
+        async with self._turn:
+            if self._asleep:
+                await self._sampler.wake(Empty())
+                self._asleep = False
 
     async def _gap(self) -> float:
         """Largest difference of log-probs between any sampler and the trainer over the probes, in nats."""
@@ -157,6 +179,7 @@ class SplitPolicyActor(Actor, PolicyService):
     async def load(self, request: CheckpointRequest) -> CheckpointResponse:
         """Take back what `save` wrote, and publish it."""
         response = await self._trainer.load(request)
+        await self._wake()
         self._version = (await self._trainer.push(Empty())).version
         return response
 

@@ -62,6 +62,11 @@ class VLLMEngine:
         self._names = itertools.count()
         self._pump: asyncio.Task[None] | None = None
         self._adapter: Any = None
+        self._awake = asyncio.Event()
+        self._awake.set()
+        self._inside = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
         self.version = 0
 
     async def start(self) -> None:
@@ -94,6 +99,18 @@ class VLLMEngine:
 
     async def complete(self, requests: Sequence[Request]) -> None:
         """Run requests to their end. When the caller is cancelled, they are aborted."""
+        while not self._awake.is_set():
+            await self._awake.wait()
+        self._inside += 1
+        self._idle.clear()
+        try:
+            await self._complete(requests)
+        finally:
+            self._inside -= 1
+            if not self._inside:
+                self._idle.set()
+
+    async def _complete(self, requests: Sequence[Request]) -> None:
         loop = asyncio.get_running_loop()
         tickets = {str(next(self._names)): Ticket(request.take, loop.create_future()) for request in requests}
         try:
@@ -117,7 +134,9 @@ class VLLMEngine:
 
     def _abort(self, names: list[str]) -> None:
         """End requests as they are; names of some that have ended are passed over."""
-        self._engine.abort_request([name for name in names if self._tickets.pop(name, None)])
+        left = [name for name in names if self._tickets.pop(name, None)]
+        if left:
+            self._engine.abort_request(left)
 
     def _ensure_pump(self) -> None:
         if self._pump is None or self._pump.done():
@@ -173,6 +192,17 @@ class VLLMEngine:
 
         self._engine.add_lora(LoRARequest("adapter", 1, directory, load_inplace=True))
         self._adapter = LoRARequest("adapter", 1, directory)
+
+    async def sleep(self) -> None:
+        """Finish what is under way, then give back the memory of the GPU (on a CPU vLLM keeps it)."""
+        self._awake.clear()
+        await self._idle.wait()
+        await self.run(lambda: self._engine.sleep(level=1))
+
+    async def wake(self) -> None:
+        """Take the memory again; requests that came meanwhile go on."""
+        await self.run(self._engine.wake_up)
+        self._awake.set()
 
     async def run(self, work: Callable[[], Result]) -> Result:
         """Do work on the engine's thread, between two steps."""

@@ -19,7 +19,7 @@ from actors.policy.vllm_engine import Request, VLLMEngine
 from protocols.errors import BadInput
 from protocols.messages import Completion, SamplingParams, Structure
 from protocols.policy import PolicyConfig, SampleRequest, ScoreResponse
-from protocols.service import CheckpointResponse
+from protocols.service import CheckpointResponse, Empty
 from protocols.tensor import Tensor
 
 
@@ -44,6 +44,16 @@ class VLLMSamplerActor(SamplerActor):
         await super().close()
         await self._engine.close()
         self._folder.cleanup()
+
+    async def sleep(self, request: Empty) -> Empty:
+        """Keep the weights in the machine's memory and drop the cache."""
+        await self._engine.sleep()
+        return Empty()
+
+    async def wake(self, request: Empty) -> Empty:
+        """Take the device's memory again."""
+        await self._engine.wake()
+        return Empty()
 
     def _fill(self) -> None:
         """What vLLM does not read from the model's files: random weights, and an adapter that changes nothing yet."""

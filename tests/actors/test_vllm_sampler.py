@@ -307,6 +307,32 @@ def check_versions(response: SampleResponse, before: Any, after: Any, step: int)
         np.testing.assert_allclose(one.logprobs.array, expected, atol=TOLERANCE)
 
 
+async def test_samplers_sleep_while_the_trainer_works(cluster: Cluster, models: dict[str, str]) -> None:
+    """On a CPU no memory is given back, but requests wait, and nothing is lost."""
+    sleeping = {"engine": "vllm", "sleep": True}
+    policy = await cluster.policy(a_policy(models["llama"], "vllm", trainer=TRAINER, sampler=sleeping))
+    engine = actor(cluster, "policy-sampler")._engine
+    request = SampleRequest(prompts=PROMPTS, n=2, params=SamplingParams(max_tokens=30))
+    before = asyncio.ensure_future(policy.sample(request))
+    await asyncio.sleep(0)
+    await update(policy, 0)
+    assert engine._engine.is_sleeping()
+    assert not engine._awake.is_set()
+    # It was finished under the old weights.
+    assert before.done()
+    waiting = asyncio.ensure_future(engine.complete([]))
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    again = await policy.sample(request)
+    await waiting
+    assert not engine._engine.is_sleeping()
+    assert_alike(before.result(), again)
+    await update(policy, 1)
+    assert engine._engine.is_sleeping()
+    published = await policy.publish(Empty())
+    assert (published.version, published.gap < TOLERANCE) == (2, True)
+
+
 async def test_the_probe_catches_a_prefix_cache_of_old_weights(
     cluster: Cluster, models: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
