@@ -2,6 +2,7 @@
 
 launch.py METHOD [--config FILE] [key=value ...]   run a method, or continue its run
 launch.py METHOD --help                            all keys of a method
+launch.py plan METHOD [--config FILE] [key=value ...]  what a run would start, where it goes, what does not fit
 launch.py report RUN                               write a run's report anew
 launch.py methods                                  all methods
 """
@@ -52,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(words: list[str]) -> int:
+    from protocols.errors import BadInput
+
     command = words[0] if words else "--help"
     if command in ("-h", "--help"):
         return _overview()
@@ -59,9 +62,15 @@ def _dispatch(words: list[str]) -> int:
         return _list_methods()
     if command == "report":
         return _report(words[1:])
+    only_plan = command == "plan"
+    if only_plan:
+        if len(words) < 2:
+            raise BadInput("plan: expected a method and its keys")
+        words = words[1:]
+        command = words[0]
     if command not in method_summaries():
         return _unknown(command)
-    return _method(command, words[1:])
+    return _method(command, words[1:], only_plan=only_plan)
 
 
 def method_summaries() -> dict[str, str]:
@@ -89,7 +98,7 @@ def _list_methods() -> int:
 def _unknown(command: str) -> int:
     import difflib
 
-    known = [*method_summaries(), "methods", "report"]
+    known = [*method_summaries(), "methods", "plan", "report"]
     near = difflib.get_close_matches(command, known, n=1)
     hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"
     print(f"error: {command!r} is neither a method nor a command{hint}", file=sys.stderr)
@@ -112,7 +121,7 @@ def _report(words: list[str]) -> int:
     return 0
 
 
-def _method(name: str, words: list[str]) -> int:
+def _method(name: str, words: list[str], *, only_plan: bool = False) -> int:
     module = importlib.import_module(f"methods.{name}")
     parser = argparse.ArgumentParser(prog=f"launch.py {name}", add_help=False)
     parser.add_argument("-h", "--help", action="store_true")
@@ -123,7 +132,22 @@ def _method(name: str, words: list[str]) -> int:
     from cluster.configure import configure, run_name
 
     config = configure(module.Config, overrides, options.config, getattr(module, "preset", None))
+    if only_plan or not os.environ.get("RAY_ADDRESS"):
+        # A cluster that is there may grow; what is too much for this machine alone is refused before it starts.
+        _plan(module, config, show=only_plan)
+    if only_plan:
+        return 0
     return _run(name, module, config, run_name(name, config))
+
+
+def _plan(module: ModuleType, config: "MethodConfig", *, show: bool) -> None:
+    from cluster.plan import check, nodes, plan, table
+
+    policies = module.policies(config) if hasattr(module, "policies") else {}
+    placed = plan(config, policies, nodes(config))
+    if show:
+        print(table(placed))
+    check(placed)
 
 
 def _help(name: str, module: ModuleType) -> int:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from actors.actor import Actor, start
 from cluster.config import MethodConfig
+from cluster.configure import may_change
 from cluster.handle import Transport, call_times, make_handle
 from cluster.inline import InlineTransport
 from cluster.overlap import CarriesCursor, Cursor, Rollouts, overlapped
@@ -53,7 +54,7 @@ class Cluster:
 
     async def __aenter__(self) -> "Cluster":
         self._open.callback(self.directory.close)
-        self.directory.claim(self.saved_config, self.config.MAY_CHANGE)
+        self.directory.claim(self.saved_config, may_change(self.config))
         return self
 
     async def __aexit__(self, *error: object) -> None:
@@ -308,7 +309,7 @@ class Cluster:
 
     def _open_run(self) -> Tracker:
         config, saved, path = self.config, self.saved_config, self.directory.path
-        new = self.directory.open(saved, config.MAY_CHANGE)
+        new = self.directory.open(saved, may_change(self.config))
         try:
             tracker = open_tracker(config.wandb, path, config.wandb_project, self._run, saved)
         except RepertoryError:

@@ -22,6 +22,20 @@ class MethodConfig(Message):
             "wandb",
             "wandb_project",
             "deadline_s",
+            "profile",
+        }
+    )
+    # The same inside of a policy's configuration: where it runs, and over how many processes.
+    POLICY_MAY_CHANGE: ClassVar[frozenset[str]] = frozenset(
+        {
+            "resources",
+            "trainer.workers",
+            "trainer.zero_stage",
+            "trainer.offload",
+            "sampler.replicas",
+            "sampler.tensor_parallel",
+            "sampler.cache_gib",
+            "sampler.sleep",
         }
     )
 
@@ -37,6 +51,8 @@ class MethodConfig(Message):
     """Seed of everything that is drawn."""
     steps: int = Field(default=100, ge=0)
     """Steps of the run; a finished run goes on when this is raised."""
+    profile: Literal["", "laptop", "node", "cluster"] = ""
+    """Defaults of transport, engines and resources for a kind of machine; see cluster/profiles/."""
     transport: Literal["inline", "ray"] = "inline"
     """`inline`: all actors in this process. `ray`: each in a Ray actor."""
     checkpoint_every: int = Field(default=10, ge=1)

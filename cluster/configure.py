@@ -15,8 +15,10 @@ from pydantic import BaseModel, ValidationError
 from cluster.config import MethodConfig
 from cluster.run_directory import flatten
 from protocols.errors import BadInput, describe_validation_error
+from protocols.policy import PolicyConfig
 
 C = TypeVar("C", bound=MethodConfig)
+PROFILES = Path(__file__).parent / "profiles"
 
 
 def configure(
@@ -25,7 +27,7 @@ def configure(
     file: Path | None = None,
     preset: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
 ) -> C:
-    """The configuration that a command line means: words over file over preset over defaults.
+    """The configuration that a command line means: words over file over preset over profile over defaults.
 
     Raises BadInput that names the key, the value and what was expected; an unknown key gets its nearest.
     """
@@ -37,17 +39,49 @@ def configure(
     _check_keys(kind, given)
     if preset is not None:
         given = merged(preset(given), given)
+    given = merged(_profile(kind, given), given)
     try:
         return kind.model_validate(given)
     except ValidationError as error:
         raise BadInput(describe_validation_error(error)) from error
 
 
+def _without(values: Mapping[str, Any], paths: set[str], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings without what lies at the given dotted paths."""
+    kept = {key: value for key, value in values.items() if f"{prefix}{key}" not in paths}
+    return {
+        key: _without(value, paths, f"{prefix}{key}.") if isinstance(value, Mapping) else value
+        for key, value in kept.items()
+    }
+
+
+def may_change(config: MethodConfig) -> set[str]:
+    """Keys that may differ from those of a run that is continued."""
+    inner = {f"{field}.{key}" for field in policy_fields(type(config)) for key in config.POLICY_MAY_CHANGE}
+    return {*config.MAY_CHANGE, *inner}
+
+
+def policy_fields(kind: type[BaseModel]) -> list[str]:
+    """Names of the fields that hold a policy's configuration."""
+    return [name for name, field in kind.model_fields.items() if _model_of(field.annotation) is PolicyConfig]
+
+
+def _profile(kind: type[MethodConfig], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What the profile says, its part about policies for each of the method's."""
+    name = given.get("profile")
+    file = PROFILES / f"{name}.yaml"
+    if not isinstance(name, str) or not name or not file.is_file():
+        return {}
+    values: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
+    policy = values.pop("policy", {})
+    return values | {field: policy for field in policy_fields(kind) if given.get(field, {}) is not None}
+
+
 def run_name(method: str, config: MethodConfig) -> str:
     """The run's name: the given one, or one that every equal configuration gets."""
     if config.run:
         return config.run
-    values = config.model_dump(mode="json", exclude=set(config.MAY_CHANGE))
+    values = _without(config.model_dump(mode="json"), may_change(config))
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
     return f"{method}-{digest[:8]}"
 

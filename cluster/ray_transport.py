@@ -281,6 +281,27 @@ def connect(namespace: str) -> bool:
     return True
 
 
+def cluster_nodes() -> list[tuple[str, float, float, int]]:
+    """Name, cores, bytes of memory and GPUs of each machine of the Ray cluster, as Ray counts them."""
+    import ray
+
+    joined = connect("plan")
+    try:
+        alive = [node for node in ray.nodes() if node["Alive"]]
+        return [
+            (
+                node["NodeManagerHostname"],
+                node["Resources"].get("CPU", 0.0),
+                node["Resources"].get("memory", 0.0),
+                int(node["Resources"].get("GPU", 0)),
+            )
+            for node in alive
+        ]
+    finally:
+        if joined:
+            disconnect()
+
+
 def _check_reachable(address: str) -> None:
     """Raise Unavailable if nobody listens at HOST:PORT, for which Ray itself would wait without end."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")

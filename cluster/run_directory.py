@@ -186,10 +186,10 @@ def read_manifest(checkpoint: Path) -> Manifest:
 
 def check_same_config(file: Path, config: Mapping[str, Any], may_change: Iterable[str]) -> None:
     """Raise BadInput that names the first key in which the configuration differs from the saved one."""
-    free = set(may_change)
+    free = tuple(f"{name}." for name in may_change)
     old, new = flatten(_read_config(file)), flatten(dict(config))
     for key in sorted(old.keys() | new.keys()):
-        if key.split(".")[0] not in free and old.get(key) != new.get(key):
+        if not f"{key}.".startswith(free) and old.get(key) != new.get(key):
             raise BadInput(
                 f"run: {file.parent} was made with {key}={old.get(key)!r}, now it is {new.get(key)!r};"
                 " choose another run=, or give it the old value"

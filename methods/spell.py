@@ -68,9 +68,9 @@ async def run(cluster: Cluster, config: Config) -> None:
     world = make_world(config)
     gold = given_questions(world, config)
     cluster_source(world, gold, config, {})  # What it has to say against the input should not wait for step 1.
-    policy, model = await make_policy(cluster, config)
+    policy, config = await make_policy(cluster, config)
     config = fitted(config, (await policy.info(Empty())).context_length)
-    cast, reference, judge = await make_cast(cluster, config, policy, model)
+    cast, reference, judge = await make_cast(cluster, config, policy)
     examiner = Examiner(cast, world, config, judge)
     state = State()
     digest = documents_digest(world)
@@ -129,17 +129,27 @@ def check_same_documents(state: State, digest: str) -> None:
     state.documents = digest
 
 
-async def make_policy(cluster: Cluster, config: Config) -> tuple[PolicyService, PolicyConfig]:
-    """The one model of all roles, and what it was made from."""
-    model = config.policy
+async def make_policy(cluster: Cluster, config: Config) -> tuple[PolicyService, Config]:
+    """The one model of all roles, and the configuration with what it was made from."""
     if config.world == "ledger":
         base = await ledger_base(cluster, config.ledger, config.policy, config.seed)
-        model = model.model_copy(update={"model": base})
-    return await cluster.policy(model), model
+        config = config.model_copy(update={"policy": config.policy.model_copy(update={"model": base})})
+    return await cluster.policy(config.policy), config
+
+
+def policies(config: Config) -> dict[str, PolicyConfig]:
+    """The models that a run loads, by the name of their actor."""
+    frozen = config.policy.model_copy(update={"trainer": None, "lora": None})
+    found = {"policy": config.policy}
+    if config.loss.kl_coef:
+        found["reference"] = frozen
+    if config.audit.judge:
+        found["judge"] = frozen.model_copy(update={"model": config.audit.judge, "init": "pretrained"})
+    return found
 
 
 async def make_cast(
-    cluster: Cluster, config: Config, policy: PolicyService, model: PolicyConfig
+    cluster: Cluster, config: Config, policy: PolicyService
 ) -> tuple[Cast, PolicyService | None, Judge | None]:
     """The three roles over one policy; a frozen copy of the base if there is a KL; a judge if one is named."""
     cast = Cast(
@@ -147,15 +157,14 @@ async def make_cast(
         await cluster.questioner(config.questioner, policy),
         await cluster.verifier(config.verifier, policy),
     )
-    frozen = model.model_copy(update={"trainer": None, "lora": None})
-    reference = await cluster.policy(frozen, name="reference") if config.loss.kl_coef else None
-    judge = None
-    if config.audit.judge:
-        stronger = frozen.model_copy(update={"model": config.audit.judge, "init": "pretrained"})
-        grader = await cluster.policy(stronger, name="judge")
+    others = {
+        name: await cluster.policy(model, name=name) for name, model in policies(config).items() if name != "policy"
+    }
+    judge, grader = None, others.get("judge")
+    if grader is not None:
         by_both = config.verifier.model_copy(update={"mode": "both"})
         judge = Judge(grader, await cluster.verifier(by_both, grader, name="judge-verifier"))
-    return cast, reference, judge
+    return cast, others.get("reference"), judge
 
 
 async def self_play(

@@ -72,11 +72,27 @@ def refused(here: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str
         ("spell --config nothing.yaml", "--config: cannot read nothing.yaml: No such file or directory"),
         ("spell", "documents: expected a file or folder of .txt, .md or .jsonl (or world=ledger"),
         ("spell documents=nothing", "documents: 'nothing' does not exist"),
+        ("spell world=ledger profile=nod", "profile: got 'nod'; input should be '', 'laptop', 'node' or 'cluster'"),
+        ("spell world=ledger transport=ray policy.resources.cpus=999", "policy does not fit: needs 999 cpus, this"),
+        ("plan spel", "'spel' is neither a method nor a command; did you mean spell?"),
+        ("plan", "plan: expected a method and its keys"),
         ("report nothing", "report: no run at nothing or runs/nothing"),
     ],
 )
 def test_bad_words(refused: Callable[..., str], words: str, message: str) -> None:
     assert refused(*words.split()).startswith(message)
+
+
+def test_a_plan_starts_nothing_and_names_what_fits_nowhere(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch.main(["plan", "spell", "world=ledger", "loss.kl_coef=0.1", "policy.sampler.replicas=2"]) == 0
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert names == ["process", "policy-sampler-0", "policy-sampler-1", "policy-trainer-0", "reference"]
+    words = ["plan", "spell", "world=ledger", "profile=cluster", "policy.trainer.workers=2"]
+    assert launch.main([*words, "policy.resources.gpus=99"]) == launch.BAD_INPUT
+    shown = capsys.readouterr()
+    assert shown.out.count("NOWHERE: needs gpus=99") == 6
+    assert shown.err.startswith("error: policy-sampler-0 does not fit: needs gpus=99")
+    assert tree(here) == {}
 
 
 @pytest.mark.parametrize("words", ["spell --config", "report", "report a b", "report a --runs-dir"])

@@ -13,6 +13,7 @@ from cluster.configure import configure, describe, merged, run_name
 from methods.spell_config import Config as SpellConfig
 from methods.spell_config import preset as spell_preset
 from protocols.errors import BadInput
+from protocols.policy import PolicyConfig
 from protocols.service import Message
 
 
@@ -239,13 +240,36 @@ def test_equal_configurations_have_one_name_and_others_another() -> None:
     assert run_name("another", Config()) != name
 
 
+class WithPolicy(MethodConfig):
+    policy: PolicyConfig = PolicyConfig()
+
+
 def test_what_may_change_when_a_run_is_continued_does_not_change_its_name() -> None:
     words = [
         *("runs_dir=elsewhere", "steps=7", "transport=ray", "checkpoint_every=3", "keep_checkpoints=9"),
-        *("wandb=disabled", "wandb_project=mine", "deadline_s=5"),
+        *("wandb=disabled", "wandb_project=mine", "deadline_s=5", "profile=laptop"),
     ]
     assert {word.partition("=")[0] for word in words} | {"run"} == Config.MAY_CHANGE
     assert run_name("some", configure(Config, words)) == run_name("some", Config())
+
+
+def test_the_same_holds_inside_of_a_policy() -> None:
+    words = ["policy.trainer.workers=2", "policy.trainer.zero_stage=3", "policy.resources.gpus=1"]
+    words += ["policy.sampler.replicas=2", "policy.sampler.sleep=true", "policy.trainer.offload=true"]
+    names = [run_name("some", configure(WithPolicy, given)) for given in ([], words, ["policy.threads=3"])]
+    assert names[0] == names[1] != names[2]
+
+
+def test_a_profile_is_below_the_preset_and_above_the_defaults() -> None:
+    def preset(given: Any) -> Any:
+        return {"policy": {"sampler": {"replicas": 3}}}
+
+    config = configure(WithPolicy, ["profile=cluster", "policy.trainer.workers=8"], None, preset)
+    assert (config.transport, config.policy.dtype, config.policy.sampler.engine) == ("ray", "bfloat16", "vllm")
+    assert (config.policy.sampler.replicas, config.policy.trainer and config.policy.trainer.workers) == (3, 8)
+    assert configure(WithPolicy, ["profile=node", "policy.trainer=null"]).policy.resources.gpus == 0.5
+    for name in ("laptop", "node", "cluster"):
+        assert configure(WithPolicy, [f"profile={name}"]).profile == name
 
 
 def test_names_are_those_of_every_earlier_release() -> None:
