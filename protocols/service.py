@@ -4,6 +4,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, ConfigDict
@@ -112,12 +113,17 @@ class Service(ABC):
     @classmethod
     def methods(cls) -> dict[str, Method]:
         """The remote methods by name, in order of definition."""
-        return {
-            name: _describe(name, function)
-            for base in reversed(cls.__mro__)
-            for name, function in vars(base).items()
-            if hasattr(function, "rpc")
-        }
+        return _methods(cls)
+
+
+@cache
+def _methods(service: type[Service]) -> dict[str, Method]:
+    return {
+        name: _describe(name, function)
+        for base in reversed(service.__mro__)
+        for name, function in vars(base).items()
+        if hasattr(function, "rpc")
+    }
 
 
 def _describe(name: str, function: Any) -> Method:
