@@ -80,7 +80,8 @@ class Cluster:
 
             return PolicyActor(config)
 
-        return await self._spawn(PolicyService, name, build, config.resources, commit=config.trainer is not None)
+        commit = config.trainer is not None
+        return await self._spawn(PolicyService, name, build, config.sampler_resources, commit=commit)
 
     async def _split_policy(self, config: PolicyConfig, name: str) -> PolicyService:
         """A policy whose samplers and trainer ranks are processes of their own."""
@@ -107,11 +108,10 @@ class Cluster:
 
             return SplitPolicyActor(config, sampler, single, trainer)
 
-        own = config.resources.model_copy(update={"replicas": config.sampler.replicas})
-        sampler = await self._spawn(SamplerService, f"{name}-sampler", build_sampler, own, commit=False)
+        apart = f"{name}-sampler"
+        sampler = await self._spawn(SamplerService, apart, build_sampler, config.sampler_resources, commit=False)
         single = [
-            make_handle(SamplerService, transport, self.config.deadline_s)
-            for transport in self._started[f"{name}-sampler"]
+            make_handle(SamplerService, transport, self.config.deadline_s) for transport in self._started[apart]
         ]
         trainer = await self._spawn_ranks(f"{name}-trainer", build_rank, config.resources, config.trainer.workers)
         # It only hands calls on, so it takes no core.

@@ -91,23 +91,22 @@ def size_of(config: PolicyConfig) -> Size:
 
 def processes(name: str, config: PolicyConfig, size: Size) -> Iterator[Process]:
     """The processes of a policy with their memory; activations and logits of a micro-batch come on top."""
-    own, half = config.resources, config.dtype == "bfloat16"
+    own, half = config.sampler_resources, config.dtype == "bfloat16"
     if not config.split:
         parts: dict[str, float] = {"weights": size.weights * (2 if half and config.trainer is None else WEIGHT)}
         if config.trainer is not None:
             parts |= {"gradients": size.trained * GRADIENT, "optimiser": size.trained * ADAM}
         parts |= _cache(config, size)
         for index in range(own.replicas):
-            yield Process(_numbered(name, index, own.replicas), own.cpus, _gpus(config), _in_gib(parts))
+            yield Process(_numbered(name, index, own.replicas), own.cpus, own.gpus, _in_gib(parts))
         return
     assert config.trainer is not None
     parts = {"weights": size.weights * (2 if half else WEIGHT), **_cache(config, size)}
-    for index in range(config.sampler.replicas):
-        label = _numbered(f"{name}-sampler", index, config.sampler.replicas)
-        yield Process(label, own.cpus, _gpus(config), _in_gib(parts))
+    for index in range(own.replicas):
+        yield Process(_numbered(f"{name}-sampler", index, own.replicas), own.cpus, own.gpus, _in_gib(parts))
     device, host = _trainer_bytes(config, size)
     for index in range(config.trainer.workers):
-        yield Process(f"{name}-trainer-{index}", own.cpus, own.gpus, _in_gib(device), _in_gib(host))
+        yield Process(f"{name}-trainer-{index}", own.cpus, config.resources.gpus, _in_gib(device), _in_gib(host))
 
 
 def _trainer_bytes(config: PolicyConfig, size: Size) -> tuple[dict[str, float], dict[str, float]]:
@@ -139,10 +138,6 @@ def _cache(config: PolicyConfig, size: Size) -> dict[str, float]:
         return {"cache": (sampler.cache_gib or (0 if config.resources.gpus else 1)) * GIB}
     element = 2 if config.dtype == "bfloat16" else WEIGHT
     return {AT_MOST: float(sampler.max_batch_tokens * size.cached_token * element)}
-
-
-def _gpus(config: PolicyConfig) -> float:
-    return config.resources.gpus * config.sampler.tensor_parallel
 
 
 def _numbered(name: str, index: int, count: int) -> str:

@@ -132,6 +132,13 @@ class PolicyConfig(Message):
             or self.sampler.engine != "transformers"
         )
 
+    @property
+    def sampler_resources(self) -> Resources:
+        """What one sampler takes, and how many there are; a frozen policy is one of `resources.replicas` samplers."""
+        count = self.sampler.replicas if self.split else self.resources.replicas
+        gpus = self.resources.gpus * self.sampler.tensor_parallel
+        return self.resources.model_copy(update={"replicas": count, "gpus": gpus})
+
 
 class PolicyInfo(Message):
     """Facts about the loaded model."""

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
@@ -26,7 +27,7 @@ from protocols.policy import (
     TokenizeResponse,
 )
 from protocols.service import CheckpointRequest, CheckpointResponse, Empty, HealthRequest, HealthResponse
-from protocols.tensor import Tensor, TokenIds
+from protocols.tensor import PerToken, Tensor, TokenIds
 from protocols.training import (
     ForwardBackwardRequest,
     ForwardBackwardResponse,
@@ -41,6 +42,17 @@ TOLERANCES = {"float32": 1e-3, "bfloat16": 0.05}
 """Nats; in float32 engines were seen to differ by 1e-5, one stale layer by 1e-2 after one small step."""
 PROBE_LENGTH = 64
 """Tokens of a probe at least, where there are such rows: an engine caches beginnings in blocks."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One sampler's answers to the probes."""
+
+    scores: ScoreResponse
+    continued: list[Tensor]
+    """Beginnings with the token that it drew, int32[T] each."""
+    drawn: list[PerToken]
+    """Log-prob of that token, float32[1] each."""
 
 
 class SplitPolicyActor(Actor, PolicyService):
@@ -142,12 +154,16 @@ class SplitPolicyActor(Actor, PolicyService):
         """Largest difference of log-probs between any sampler and the trainer over the probes, in nats."""
         if not self._probes:
             return 0.0
-        gaps = [await self._gap_of(index, sampler) for index, sampler in enumerate(self._samplers)]
+        answers = await asyncio.gather(*(self._asked(sampler) for sampler in self._samplers))
+        # Samplers that agree with each other are compared with the same scores.
+        sequences = list(dict.fromkeys([*self._probes, *(ids for one in answers for ids in one.continued)]))
+        expected = await self._trainer.score(ScoreRequest(sequences=sequences))
+        wanted = dict(zip(sequences, expected.logprobs, strict=True))
         self._probed = self._probes
-        return max(gaps)
+        return max(self._checked(i, one, wanted, expected.version) for i, one in enumerate(answers))
 
-    async def _gap_of(self, index: int, sampler: SamplerService) -> float:
-        """The gap of one sampler: over whole sequences, and over the token that it draws after their beginnings.
+    async def _asked(self, sampler: SamplerService) -> "Answers":
+        """What a sampler says of the probes: of whole sequences, and of the token that it draws after beginnings.
 
         An engine computes the first afresh and the second from what it has cached, also of the last probes.
         """
@@ -157,18 +173,23 @@ class SplitPolicyActor(Actor, PolicyService):
             sampler.score(ScoreRequest(sequences=self._probes)),
             sampler.sample(SampleRequest(prompts=beginnings, params=one_token)),
         )
-        drawn = [(result.prompt_tokens, result.completions[0]) for result in sampled.results]
-        continued = [Tensor(np.r_[prompt.array, one.tokens.array], "int32") for prompt, one in drawn]
-        expected = await self._trainer.score(ScoreRequest(sequences=[*self._probes, *continued]))
-        whole, ends = expected.logprobs[: len(self._probes)], expected.logprobs[len(self._probes) :]
-        pairs = [(one.array, other.array) for one, other in zip(whole, scores.logprobs, strict=True)]
-        pairs += [(end.array[-1:], one.logprobs.array) for end, (_, one) in zip(ends, drawn, strict=True)]
+        drawn = [(result.prompt_tokens.array, result.completions[0]) for result in sampled.results]
+        continued = [Tensor(np.r_[prompt, one.tokens.array], "int32") for prompt, one in drawn]
+        return Answers(scores, continued, [one.logprobs for _, one in drawn])
+
+    def _checked(self, index: int, answers: "Answers", wanted: dict[Tensor, PerToken], version: int) -> float:
+        """The gap of one sampler. Raises Corrupt when it is too large, or the version another."""
+        whole = zip(self._probes, answers.scores.logprobs, strict=True)
+        ends = zip(answers.continued, answers.drawn, strict=True)
+        pairs = [(wanted[ids].array, found.array) for ids, found in whole]
+        pairs += [(wanted[ids].array[-1:], found.array) for ids, found in ends]
         gap = float(np.max([np.abs(one - other).max() for one, other in pairs]))
         # Written so that a NaN is over the tolerance too.
-        if not gap <= self._tolerance or scores.version != expected.version:
+        found = answers.scores.version
+        if not gap <= self._tolerance or found != version:
             raise Corrupt(
-                f"publication: sampler {index} at version {scores.version} differs from the trainer at version"
-                f" {expected.version} by {gap:.3g} nats, allowed is {self._tolerance:g} (sampler.publish_tolerance)"
+                f"publication: sampler {index} at version {found} differs from the trainer at version {version}"
+                f" by {gap:.3g} nats, allowed is {self._tolerance:g} (sampler.publish_tolerance)"
             )
         return gap
 

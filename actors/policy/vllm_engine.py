@@ -53,9 +53,8 @@ class Request:
 class VLLMEngine:
     """Steps vLLM on one thread while there are requests; everything else happens there between two steps."""
 
-    def __init__(self, config: PolicyConfig, outline: Loaded) -> None:
+    def __init__(self, config: PolicyConfig) -> None:
         self._config = config
-        self._outline = outline
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="vllm")
         self._engine: Any = None
         self._tickets: dict[str, Ticket] = {}
@@ -69,11 +68,11 @@ class VLLMEngine:
         self._idle.set()
         self.version = 0
 
-    async def start(self) -> None:
-        """Load the model. Raises BadInput when vLLM is not installed or refuses the configuration."""
-        await self.run(self._start)
+    async def start(self, outline: Loaded) -> None:
+        """Load the model, given without weights. Raises BadInput when vLLM is not installed or refuses it."""
+        await self.run(lambda: self._start(outline))
 
-    def _start(self) -> None:
+    def _start(self, outline: Loaded) -> None:
         try:
             from vllm import EngineArgs
             from vllm.v1.engine.llm_engine import LLMEngine
@@ -84,11 +83,11 @@ class VLLMEngine:
         from actors.policy.vllm_worker import install_sampler
 
         if not on_gpu(self._config):
-            check_heads(self._outline)
+            check_heads(outline)
         set_threads = torch.set_num_threads
         set_threads(self._config.threads or len(os.sched_getaffinity(0)))
         try:
-            arguments = EngineArgs(**engine_arguments(self._config, self._outline))
+            arguments = EngineArgs(**engine_arguments(self._config, outline))
             self._engine = LLMEngine.from_engine_args(arguments, enable_multiprocessing=False)
         except (ValueError, RuntimeError) as error:
             raise BadInput(f"sampler: vLLM cannot serve {self._config.model!r}: {error}") from error

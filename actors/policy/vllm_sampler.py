@@ -29,14 +29,13 @@ class VLLMSamplerActor(SamplerActor):
     def __init__(self, config: PolicyConfig) -> None:
         super().__init__(config)
         self._folder = TemporaryDirectory(prefix="adapter-")
-        self._engine: VLLMEngine
+        self._engine = VLLMEngine(config)
         self._scores = Scores()
 
     async def setup(self) -> None:
         """Load the model. Raises BadInput when vLLM is not there or refuses it."""
         self._loaded = await asyncio.to_thread(load_outline, self._config)
-        self._engine = VLLMEngine(self._config, self._loaded)
-        await self._engine.start()
+        await self._engine.start(self._loaded)
         await self._engine.run(self._fill)
 
     async def close(self) -> None:

@@ -217,6 +217,11 @@ async def test_structures(cluster: Cluster) -> None:
     assert {json.loads(text)["a"] for text in found} <= {1, 22}
 
 
+async def test_a_model_that_does_not_exist(cluster: Cluster) -> None:
+    with pytest.raises(BadInput, match=r"model: '\./nothing' does not exist"):
+        await cluster.policy(a_policy("./nothing", "vllm"))
+
+
 async def test_narrow_heads_are_refused_at_the_start(cluster: Cluster, ledger_dir: Path) -> None:
     with pytest.raises(
         BadInput, match=r"heads are 16 wide; vLLM on a CPU computes 32, 64, .* set it to transformers"

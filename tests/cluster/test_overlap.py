@@ -10,6 +10,7 @@ from cluster.cluster import Cluster
 from cluster.config import MethodConfig
 from cluster.steps import LoopState, Step
 from protocols.errors import Corrupt
+from protocols.placement import Resources
 from tests.cluster.echo import EchoActor, EchoService, Text
 
 
@@ -34,7 +35,7 @@ class Loop:
 
     async def run(self, stop_after: int | None = None, fail_at: int | None = None) -> None:
         async with Cluster(self.config, method="test", run="one") as cluster:
-            echo = await cluster._spawn(EchoService, "echo", EchoActor, self.config_resources())
+            echo = await cluster._spawn(EchoService, "echo", EchoActor, Resources())
 
             async def produce(step: Step, cursor: Counter) -> dict[str, Any]:
                 self.log.append(f"produce {step.index}")
@@ -59,12 +60,6 @@ class Loop:
                 if step.index == stop_after:
                     return
 
-    @staticmethod
-    def config_resources() -> Any:
-        from protocols.placement import Resources
-
-        return Resources()
-
 
 async def test_at_zero_both_alternate(tmp_path: Path) -> None:
     loop = Loop(tmp_path, 0, steps=3)
@@ -84,8 +79,8 @@ async def test_producing_is_ahead_by_the_bound_and_no_more(staleness: int, tmp_p
         # It waits for the training that it must not be older than, and for no other.
         if index - 1 - staleness > 0:
             assert begun > loop.log.index(f"train {index - 1 - staleness}")
-        if index > 1 + staleness:
-            assert begun < loop.log.index(f"train {index - staleness + 1}") if staleness > 1 else True
+        if index > staleness:
+            assert begun < loop.log.index(f"train {index - staleness + 1}")
     assert max(loop.lags) == min(staleness, 5)
 
 
@@ -120,7 +115,6 @@ async def test_a_failure_of_producing_reaches_the_loop_when_its_step_comes(stale
     loop = Loop(tmp_path, staleness)
     with pytest.raises(Corrupt, match="nothing for step 4"):
         await loop.run(fail_at=4)
-    assert loop.log[-1] == "train 3" or loop.log[-1] == "produce 4"
     assert "train 4" not in loop.log and "produce 5" not in loop.log
     assert State.model_validate_json(newest(tmp_path, "loop.json")).trained == 3
 
