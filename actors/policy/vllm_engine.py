@@ -209,7 +209,7 @@ class VLLMEngine:
 
     async def close(self) -> None:
         """Abort what is under way and give back the memory."""
-        for ticket in self._tickets.values():
+        for ticket in list(self._tickets.values()):  # the engine's thread may be taking some out
             ticket.done.cancel()
         if self._engine is not None:
             await self.run(self._shut_down)
