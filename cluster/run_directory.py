@@ -5,6 +5,7 @@ those files were, and whoever continues the run cuts them back to that length fi
 killed at any moment, and every step is in metrics.jsonl once.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -125,7 +126,10 @@ class RunDirectory:
 
     def forget_ahead(self, step: int | None = None) -> None:
         """Remove what is there for a step, or for all: then rollouts that were never trained on have left it."""
-        shutil.rmtree(self.checkpoints / ".ahead" if step is None else self.ahead(step), ignore_errors=True)
+        all_of_them = self.checkpoints / ".ahead"
+        shutil.rmtree(all_of_them if step is None else self.ahead(step), ignore_errors=True)
+        with contextlib.suppress(OSError):  # others are there still, or none ever were
+            all_of_them.rmdir()
 
     def commit(self, staging: Path, step: int, finished: str, keep: int) -> Path:
         """Make a written checkpoint the latest, in one rename, and remove all but the last `keep`."""

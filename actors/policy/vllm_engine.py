@@ -3,12 +3,14 @@
 import asyncio
 import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 
 from actors.policy.loading import Loaded, resolve
 from protocols.errors import BadInput, Unavailable
@@ -217,8 +219,20 @@ class VLLMEngine:
 
     def _shut_down(self) -> None:
         self._abort(list(self._tickets))
-        self._engine.engine_core.shutdown()
+        with group_kept():
+            self._engine.engine_core.shutdown()
         self._engine = None
+
+
+@contextmanager
+def group_kept() -> Iterator[None]:
+    """Keep this process's default group: a trainer beside vLLM computes in it too, and DeepSpeed never lets go."""
+    destroy = dist.destroy_process_group
+    dist.destroy_process_group = lambda group=None: destroy(group) if group is not None else None
+    try:
+        yield
+    finally:
+        dist.destroy_process_group = destroy
 
 
 def on_gpu(config: PolicyConfig) -> bool:

@@ -312,6 +312,22 @@ def check_versions(response: SampleResponse, before: Any, after: Any, step: int)
         np.testing.assert_allclose(one.logprobs.array, expected, atol=TOLERANCE)
 
 
+@pytest.mark.slow
+async def test_a_trainer_beside_vllm_keeps_its_group(cluster: Cluster, models: dict[str, str]) -> None:
+    """vLLM and DeepSpeed compute in the same default group of this process, and vLLM ends first."""
+    sharded = TRAINER | {"engine": "deepspeed"}
+    before = await cluster.policy(a_policy(models["llama"], "transformers", trainer=sharded), name="before")
+    await update(before, 0)
+    for name in ("one", "two"):
+        policy = await cluster.policy(a_policy(models["llama"], "vllm", trainer=sharded), name=name)
+        await update(policy, 0)
+        assert (await policy.publish(Empty())).gap < TOLERANCE
+        for part in ("", "-trainer", "-sampler"):
+            await cluster.stop(name + part)
+    await update(before, 1)
+    assert (await before.publish(Empty())).version == 2
+
+
 async def test_samplers_sleep_while_the_trainer_works(cluster: Cluster, models: dict[str, str]) -> None:
     """On a CPU no memory is given back, but requests wait, and nothing is lost."""
     sleeping = {"engine": "vllm", "sleep": True}
