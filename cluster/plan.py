@@ -93,10 +93,8 @@ def processes(name: str, config: PolicyConfig, size: Size) -> Iterator[Process]:
     """The processes of a policy with their memory; activations and logits of a micro-batch come on top."""
     own, half = config.sampler_resources, config.dtype == "bfloat16"
     if not config.split:
-        parts: dict[str, float] = {"weights": size.weights * (2 if half and config.trainer is None else WEIGHT)}
-        if config.trainer is not None:
-            parts |= {"gradients": size.trained * GRADIENT, "optimiser": size.trained * ADAM}
-        parts |= _cache(config, size)
+        frozen = {"weights": float(size.weights * (2 if half else WEIGHT))}
+        parts = (_trainer_bytes(config, size)[0] if config.trainer else frozen) | _cache(config, size)
         for index in range(own.replicas):
             yield Process(_numbered(name, index, own.replicas), own.cpus, own.gpus, _in_gib(parts))
         return
@@ -172,10 +170,18 @@ def place(wanted: Sequence[Process], nodes: Sequence[Node], *, inline: bool) -> 
     """
     found: dict[str, Placed] = {}
     for process in sorted(wanted, key=lambda one: (-one.gpus, -one.on_device, -one.cpus)):
-        problems = [_take(process, node, inline) for node in nodes]
-        home = next((node.name for node, problem in zip(nodes, problems, strict=True) if not problem), "")
-        found[process.name] = Placed(process, home, "" if home else "; ".join(dict.fromkeys(problems)))
+        found[process.name] = _settle(process, nodes, inline)
     return [found[process.name] for process in wanted]
+
+
+def _settle(process: Process, nodes: Sequence[Node], inline: bool) -> Placed:
+    problems = []
+    for node in nodes:
+        problem = _take(process, node, inline)
+        if not problem:
+            return Placed(process, node.name)
+        problems.append(problem)
+    return Placed(process, problem="; ".join(problems))
 
 
 def _take(process: Process, node: Node, inline: bool) -> str:

@@ -32,6 +32,11 @@ class VLLMSamplerActor(SamplerActor):
         self._engine = VLLMEngine(config)
         self._scores = Scores()
 
+    @property
+    def version(self) -> int:
+        """The version that was published last."""
+        return self._engine.version
+
     async def setup(self) -> None:
         """Load the model. Raises BadInput when vLLM is not there or refuses it."""
         self._loaded = await asyncio.to_thread(load_outline, self._config)
@@ -116,7 +121,6 @@ class VLLMSamplerActor(SamplerActor):
     async def _switch(self, tensors: dict[str, Tensor], version: int) -> None:
         put = self._put if self._config.lora is None else self._put_adapter
         await self._engine.run(lambda: self._engine.switch(lambda: put(tensors), version))
-        self._published = version
 
     def _put(self, tensors: dict[str, Tensor]) -> None:
         self._engine.put(tensors)

@@ -109,6 +109,12 @@ def test_the_largest_go_first_and_all_share_what_there_is() -> None:
     check(placed[:3])
 
 
+def test_a_process_takes_from_its_own_machine_alone() -> None:
+    nodes = [Node("one", 2, 10), Node("two", 2, 10)]
+    placed = place([a_process(name, 2, weights=6) for name in "abc"], nodes, inline=False)
+    assert [one.node for one in placed] == ["one", "two", ""]
+
+
 def test_in_one_process_memory_counts_and_nothing_else() -> None:
     placed = place([a_process("a", 5, weights=6), a_process("b", weights=6)], [Node("n", 1, 10)], inline=True)
     assert [one.problem for one in placed] == ["", "needs 6.0 GiB of memory, n has 4.0 left"]
