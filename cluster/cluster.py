@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from actors.actor import Actor, start
+from cluster.bundles import bundles_for
 from cluster.config import MethodConfig
 from cluster.configure import may_change
 from cluster.handle import Transport, call_times, make_handle
@@ -108,17 +109,40 @@ class Cluster:
 
             return SplitPolicyActor(config, sampler, single, trainer)
 
-        apart = f"{name}-sampler"
-        sampler = await self._spawn(SamplerService, apart, build_sampler, config.sampler_resources, commit=False)
+        apart, count = f"{name}-sampler", config.sampler_resources.replicas
+        places = await self._places(name, config)
+        sampler = await self._spawn(
+            SamplerService, apart, build_sampler, config.sampler_resources, commit=False, places=places[:count]
+        )
         single = [
             make_handle(SamplerService, transport, self.config.deadline_s) for transport in self._started[apart]
         ]
-        trainer = await self._spawn_ranks(f"{name}-trainer", build_rank, config.resources, config.trainer.workers)
+        trainer = await self._spawn_ranks(
+            f"{name}-trainer", build_rank, config.resources, config.trainer.workers, places[count:]
+        )
         # It only hands calls on, so it takes no core.
         return await self._spawn(PolicyService, name, build, Resources())
 
+    async def _places(self, name: str, config: PolicyConfig) -> list[Any]:
+        """On Ray, room for all processes of a policy, samplers first, set aside together; inline there is none."""
+        assert config.trainer is not None
+        bundles, bundle_of = bundles_for(config.sampler_resources, config.resources, config.trainer.workers)
+        if self.config.transport != "ray" or not any(one.cpus or one.gpus for one in bundles):
+            return [None] * len(bundle_of)
+        from cluster.ray_transport import Place, release, reserve
+
+        self._connect()
+        group = await reserve(name, bundles, self.config.deadline_s)
+        self._open.callback(release, group)
+        return [Place(group, bundle) for bundle in bundle_of]
+
     async def _spawn_ranks(
-        self, name: str, build: Callable[[Rank], Actor], resources: Resources, workers: int
+        self,
+        name: str,
+        build: Callable[[Rank], Actor],
+        resources: Resources,
+        workers: int,
+        places: Sequence[Any],
     ) -> TrainerService:
         """Start the ranks of a trainer and give back one handle to all of them."""
         names = [f"{name}-{i}" for i in range(workers)]
@@ -126,7 +150,9 @@ class Cluster:
         if self.config.transport == "ray":
             from cluster.ray_transport import spawn_group
 
-            self._started[name] += await spawn_group(names, self._run, build, resources, self.config.deadline_s)
+            self._started[name] += await spawn_group(
+                names, self._run, build, resources, self.config.deadline_s, places
+            )
         else:
             self._started[name].append(await self._start_inline(names[0], lambda: build(Rank())))
         handle = make_handle(TrainerService, Replicas(name, self._started[name]), self.config.deadline_s)
@@ -165,14 +191,15 @@ class Cluster:
         resources: Resources,
         *,
         commit: bool = True,
+        places: Sequence[Any] = (),
     ) -> S:
         """Start the replicas of an actor and give back one handle to them."""
         count = resources.replicas
         names = [name] if count == 1 else [f"{name}-{i}" for i in range(count)]
         self._reserve(name)
         try:
-            for replica in names:
-                self._started[name].append(await self._start_one(replica, build, resources))
+            for replica, place in zip(names, places or [None] * count, strict=True):
+                self._started[name].append(await self._start_one(replica, build, resources, place))
         except BaseException:
             await self.stop(name)
             raise
@@ -192,11 +219,11 @@ class Cluster:
         self._started[name] = []
         self._open.push_async_callback(self.stop, name)
 
-    async def _start_one(self, name: str, build: Callable[[], Actor], resources: Resources) -> Transport:
+    async def _start_one(self, name: str, build: Callable[[], Actor], resources: Resources, place: Any) -> Transport:
         if self.config.transport == "ray":
             from cluster.ray_transport import spawn
 
-            return await spawn(name, self._run, build, resources, self.config.deadline_s)
+            return await spawn(name, self._run, build, resources, self.config.deadline_s, place)
         return await self._start_inline(name, build)
 
     async def _start_inline(self, name: str, build: Callable[[], Actor]) -> Transport:

@@ -41,6 +41,8 @@ class Process:
     gpus: float
     device: Mapping[str, float]
     host: Mapping[str, float] = field(default_factory=dict)
+    computes_on: str = "auto"
+    """The policy's device."""
 
     @property
     def on_device(self) -> float:
@@ -64,6 +66,8 @@ class Node:
     """Free share of each GPU."""
     gpu_memory: float = 0.0
     """GiB of one GPU; 0: not known."""
+    inline_memory: float = 0.0
+    """GiB that inline policies have taken of the first GPU."""
 
 
 @dataclass(frozen=True)
@@ -96,15 +100,25 @@ def processes(name: str, config: PolicyConfig, size: Size) -> Iterator[Process]:
         frozen = {"weights": float(size.weights * (2 if half else WEIGHT))}
         parts = (_trainer_bytes(config, size)[0] if config.trainer else frozen) | _cache(config, size)
         for index in range(own.replicas):
-            yield Process(_numbered(name, index, own.replicas), own.cpus, own.gpus, _in_gib(parts))
+            yield Process(
+                _numbered(name, index, own.replicas), own.cpus, own.gpus, _in_gib(parts), computes_on=config.device
+            )
         return
     assert config.trainer is not None
     parts = {"weights": size.weights * (2 if half else WEIGHT), **_cache(config, size)}
     for index in range(own.replicas):
-        yield Process(_numbered(f"{name}-sampler", index, own.replicas), own.cpus, own.gpus, _in_gib(parts))
+        yield Process(
+            _numbered(f"{name}-sampler", index, own.replicas),
+            own.cpus,
+            own.gpus,
+            _in_gib(parts),
+            computes_on=config.device,
+        )
     device, host = _trainer_bytes(config, size)
     for index in range(config.trainer.workers):
-        yield Process(f"{name}-trainer-{index}", own.cpus, config.resources.gpus, _in_gib(device), _in_gib(host))
+        yield Process(
+            f"{name}-trainer-{index}", own.cpus, config.resources.gpus, _in_gib(device), _in_gib(host), config.device
+        )
 
 
 def _trainer_bytes(config: PolicyConfig, size: Size) -> tuple[dict[str, float], dict[str, float]]:
@@ -166,7 +180,7 @@ def nodes(config: MethodConfig) -> list[Node]:
 def place(wanted: Sequence[Process], nodes: Sequence[Node], *, inline: bool) -> list[Placed]:
     """Give each process the first machine with room for it, the largest first. Takes what it gives from `nodes`.
 
-    `inline`: there is one process, so cores and shares of GPUs are not given out, memory is.
+    `inline`: there is one process, so cores and shares of GPUs are not given out; memory is, of a GPU if one is there.
     """
     found: dict[str, Placed] = {}
     for process in sorted(wanted, key=lambda one: (-one.gpus, -one.on_device, -one.cpus)):
@@ -188,6 +202,8 @@ def _take(process: Process, node: Node, inline: bool) -> str:
     """Take a process's share from a machine, unless it has not enough: then say of what."""
     if not inline and process.cpus > node.cpus + 1e-9:
         return f"needs {process.cpus:g} cpus, {node.name} has {node.cpus:.2g} left"
+    if inline and node.gpus and process.computes_on != "cpu":
+        return _take_inline(process, node)
     if process.on_host > node.memory:
         return f"needs {process.on_host:.1f} GiB of memory, {node.name} has {node.memory:.1f} left"
     gpus = [] if inline else _gpus_for(process.gpus, node.gpus)
@@ -203,6 +219,18 @@ def _take(process: Process, node: Node, inline: bool) -> str:
         node.gpus[index] -= share
     node.cpus -= process.cpus
     node.memory -= process.on_host
+    return ""
+
+
+def _take_inline(process: Process, node: Node) -> str:
+    """Take memory of the GPU that all inline policies share, whatever they ask of a scheduler."""
+    left, host = node.gpu_memory - node.inline_memory, sum(process.host.values())
+    if process.on_device > left:
+        return f"needs {process.on_device:.1f} GiB of the GPU, {node.name} has {left:.1f} left there"
+    if host > node.memory:
+        return f"needs {host:.1f} GiB of memory, {node.name} has {node.memory:.1f} left"
+    node.inline_memory += process.on_device
+    node.memory -= host
     return ""
 
 

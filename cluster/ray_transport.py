@@ -10,7 +10,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -131,11 +131,53 @@ class RayTransport:
         return RayTransport, (self.name, self.namespace)
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where an actor of a group goes: a bundle of a placement group, which holds room for it."""
+
+    group: Any
+    bundle: int
+
+
+async def reserve(name: str, bundles: Sequence[Resources], deadline_s: float = 3600.0) -> Any:
+    """Set resources aside, all of them or none, near each other. Returns Ray's placement group.
+
+    Two runs that start at once would otherwise take half of a cluster each and wait for the other half.
+    """
+    import ray.util
+
+    asked = [{"CPU": one.cpus, "GPU": one.gpus} for one in bundles]
+    group = ray.util.placement_group([{kind: n for kind, n in one.items() if n} for one in asked], strategy="PACK")
+    total = Resources(cpus=sum(one.cpus for one in bundles), gpus=sum(one.gpus for one in bundles))
+    try:
+        async with asyncio.timeout(deadline_s):
+            with _warned(f"the processes of {name!r} wait", total):
+                await group.ready()
+    except BaseException as error:
+        release(group)
+        if isinstance(error, TimeoutError):
+            raise DeadlineExceeded(f"no room for the processes of {name!r} within {deadline_s:g} s") from None
+        raise
+    return group
+
+
+def release(group: Any) -> None:
+    """Give back what `reserve` set aside."""
+    import ray.util
+
+    ray.util.remove_placement_group(group)
+
+
 async def spawn(
-    name: str, namespace: str, build: Callable[[], Actor], resources: Resources, deadline_s: float = 3600.0
+    name: str,
+    namespace: str,
+    build: Callable[[], Actor],
+    resources: Resources,
+    deadline_s: float = 3600.0,
+    place: Place | None = None,
 ) -> RayTransport:
     """Start a named Ray actor and set up what it hosts, within the deadline. Raises what the set-up raised."""
-    transport = _create(name, namespace, build, resources)
+    transport = _create(name, namespace, build, resources, place)
     await _or_kill([transport], _set_up(transport, resources, deadline_s))
     return transport
 
@@ -146,9 +188,11 @@ async def spawn_group(
     build: Callable[[Rank], Actor],
     resources: Resources,
     deadline_s: float = 3600.0,
+    places: Sequence[Place | None] = (),
 ) -> list[RayTransport]:
     """Start the ranks of a worker group: all must be placed before the first sets up, which waits for the others."""
-    transports = [_create(name, namespace, build, resources) for name in names]
+    where = places or [None] * len(names)
+    transports = [_create(name, namespace, build, resources, place) for name, place in zip(names, where, strict=True)]
 
     async def set_up() -> None:
         async with asyncio.timeout(deadline_s), asyncio.TaskGroup() as group:
@@ -166,8 +210,11 @@ async def spawn_group(
     return transports
 
 
-def _create(name: str, namespace: str, build: Callable[..., Actor], resources: Resources) -> RayTransport:
+def _create(
+    name: str, namespace: str, build: Callable[..., Actor], resources: Resources, place: Place | None
+) -> RayTransport:
     import ray
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     options = {
         "name": name,
@@ -176,6 +223,10 @@ def _create(name: str, namespace: str, build: Callable[..., Actor], resources: R
         "num_gpus": resources.gpus,
         "max_concurrency": MAX_CONCURRENCY,
     }
+    if place is not None:
+        options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
+            place.group, placement_group_bundle_index=place.bundle
+        )
     try:
         host = ray.remote(ActorHost).options(**options).remote(build)
     except ray.exceptions.ActorAlreadyExistsError:
@@ -218,13 +269,20 @@ async def _set_up(transport: RayTransport, resources: Resources, deadline_s: flo
 
 async def _placed(transport: RayTransport, resources: Resources) -> None:
     """Wait until the actor's process runs; say whom the run waits for when the cluster has no place for it."""
+    with _warned(f"the actor {transport.name!r} waits", resources):
+        await transport._host.__ray_ready__.remote()
+
+
+@contextlib.contextmanager
+def _warned(who: str, resources: Resources) -> Iterator[None]:
+    """Say after a while who waits, and for what."""
     import ray
 
     def warn() -> None:
         free = ray.available_resources()
         logger.warning(
-            "the actor %r waits for cpus=%g gpus=%g; the Ray cluster has cpus=%g gpus=%g free",
-            transport.name,
+            "%s for cpus=%g gpus=%g; the Ray cluster has cpus=%g gpus=%g free",
+            who,
             resources.cpus,
             resources.gpus,
             free.get("CPU", 0),
@@ -233,7 +291,7 @@ async def _placed(transport: RayTransport, resources: Resources) -> None:
 
     timer = asyncio.get_running_loop().call_later(PLACE_QUIETLY, warn)
     try:
-        await transport._host.__ray_ready__.remote()
+        yield
     finally:
         timer.cancel()
 

@@ -86,6 +86,9 @@ class SamplerConfig(Message):
     until somebody samples again. Not for sampling while the trainer works (staleness above 0)."""
     replicas: int = Field(default=1, ge=1)
     """Samplers of a policy that trains; from 2 on they live apart from the trainer, and `publish` moves weights."""
+    publication: Literal["store", "broadcast"] = "store"
+    """How new weights reach samplers that live apart: through Ray's object store, or broadcast from GPU to GPU by
+    NCCL (by gloo on a CPU). Broadcast needs a GPU per process, with room for the weights a second time meanwhile."""
     publish_tolerance: float = Field(default=0.0, ge=0)
     """Largest difference, in nats, between a sampler's and the trainer's log-prob of a token after a publication;
     0: 0.001 in float32, 0.05 in bfloat16."""
@@ -93,6 +96,12 @@ class SamplerConfig(Message):
     """Most completions that are decoded side by side."""
     max_batch_tokens: int = Field(default=262144, ge=1)
     """Of transformers: most cache entries (rows x length) at once; limits memory."""
+
+    @model_validator(mode="after")
+    def _broadcast_reaches_the_model(self) -> Self:
+        if self.publication == "broadcast" and self.tensor_parallel > 1:
+            raise ValueError("publication: broadcast does not reach a model that tensor_parallel spreads; use store")
+        return self
 
 
 class PolicyConfig(Message):

@@ -88,12 +88,12 @@ class Tensor:
         values: list[Any] = self.numpy().tolist()
         return values
 
-    def torch(self) -> "TorchTensor":
-        """A torch copy of the values, in this dtype, on the CPU."""
+    def torch(self, *, copy: bool = True) -> "TorchTensor":
+        """The values as a torch tensor, in this dtype, on the CPU. One that is no copy must not be written."""
         import torch
 
-        copy = torch.from_numpy(self.array.copy())
-        return copy.view(torch.bfloat16) if self.dtype == "bfloat16" else copy
+        tensor = torch.from_numpy(self.array.copy() if copy else self.array)
+        return tensor.view(torch.bfloat16) if self.dtype == "bfloat16" else tensor
 
     @classmethod
     def from_torch(cls, tensor: "TorchTensor") -> "Tensor":

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from protocols.policy import PolicyService, ScoreRequest, ScoreResponse
 from protocols.service import CheckpointRequest, CheckpointResponse, Empty, Message, Service, rpc
-from protocols.tensor import Tensor
+from protocols.tensor import DType, Tensor
 from protocols.training import (
     ForwardBackwardRequest,
     ForwardBackwardResponse,
@@ -28,13 +28,24 @@ class Rank(Message):
     """HOST:PORT where they meet."""
 
 
+class TensorType(Message):
+    """What there is to know of an array before it arrives."""
+
+    dtype: DType
+    """Kind of its numbers."""
+    shape: list[int]
+    """Size along each axis."""
+
+
 class WeightBucket(Message):
-    """Some of the tensors of a new weight version."""
+    """Some of the tensors of a new weight version: here, or about to be broadcast."""
 
     version: int
     """The version that they belong to."""
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Tensor] = {}
     """By parameter name, in the trainer's precision."""
+    broadcast: dict[str, TensorType] = {}
+    """Those that rank 0 of the group joined before sends now, in this order."""
     last: bool
     """Whether the version is complete with this bucket."""
 
@@ -59,6 +70,11 @@ class TrainerInfo(Message):
 
 class SamplerService(PolicyService):
     """A frozen policy whose weights are replaced from outside."""
+
+    @rpc(dispatch="all")
+    @abstractmethod
+    async def join(self, request: Rank) -> Empty:
+        """Enter the group in which weights are broadcast; its rank 0 is the trainer's. Answers when all are there."""
 
     @rpc(dispatch="all")
     @abstractmethod
@@ -103,6 +119,16 @@ class TrainerService(Service):
     @abstractmethod
     async def score(self, request: ScoreRequest) -> ScoreResponse:
         """Log-probs under the trainer's own weights."""
+
+    @rpc(dispatch="all")
+    @abstractmethod
+    async def meet(self, request: Empty) -> Rank:
+        """Where the trainer's first rank waits for samplers that join it."""
+
+    @rpc(dispatch="all")
+    @abstractmethod
+    async def join(self, request: Rank) -> Empty:
+        """Let the first rank enter the group in which weights are broadcast. Answers when all are there."""
 
     @rpc(dispatch="all")
     @abstractmethod

@@ -37,7 +37,6 @@ class DeepSpeedTrainer(TorchTrainer):
         deepspeed = import_deepspeed()
         use_environment(rank)
         deepspeed.init_distributed(torch.distributed.get_backend(), auto_mpi_discovery=False)
-        self._module = model
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=self._optimizer, config=engine_config(config, half)
         )

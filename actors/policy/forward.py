@@ -1,5 +1,6 @@
-"""One forward pass over right-padded rows: log-probs and entropy of the tokens that are there."""
+"""One forward pass over rows: log-probs and entropy of the tokens that are there."""
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,22 +10,77 @@ from numpy.typing import NDArray
 
 from actors.policy.microbatch import attention_inputs, by_length, pad_right
 
+SHARING = {
+    *("gemma", "gemma2", "gemma3_text", "glm", "gpt2", "granite", "llama", "mistral", "mixtral", "olmo2", "phi3"),
+    *("qwen2", "qwen3", "qwen3_moe", "smollm3"),
+}
+"""Model types whose rows were compared with and without a shared prompt. Others are padded, which is always right."""
+
+
+def longest_shared(config: Any) -> int:
+    """Longest row, in tokens, that may share its prompt's computation; 0 if no row may.
+
+    Rows that share follow each other, so a window of attention would be counted in the wrong places.
+    """
+    config = config.get_text_config()
+    if config.model_type not in SHARING:
+        return 0
+    sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
+    return (getattr(config, "sliding_window", None) if sliding else None) or sys.maxsize
+
 
 def logits_of(
-    model: Any, rows: Sequence[NDArray[np.int32]], wanted_BT: NDArray[np.bool_]
+    model: Any, rows: Sequence[NDArray[np.int32]], wanted_BT: NDArray[np.bool_], shared: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor, NDArray[np.int64]]:
     """Logits that predict the wanted tokens.
 
     Only positions that some row wants go through the output layer, which is most of the memory for long
     prompts. Returns logits float32[B, K, V], targets int64[B, K] and the K positions of the targets in T.
+    `shared`: that many leading tokens are the same in all rows, none of them wanted, and are computed once.
     """
     device = model.device
-    tokens_BT = torch.from_numpy(pad_right(rows).astype(np.int64)).to(device)
+    tokens_BT = pad_right(rows).astype(np.int64)
     positions_K = np.flatnonzero(wanted_BT[:, 1:].any(axis=0)) + 1
-    keep = torch.from_numpy(positions_K - 1).to(device)
-    inputs = attention_inputs([len(row) for row in rows], device)
-    output = model(input_ids=tokens_BT, use_cache=False, logits_to_keep=keep, **inputs)
-    return output.logits.float(), tokens_BT[:, torch.from_numpy(positions_K).to(device)], positions_K
+    if shared:
+        inputs, keep = _one_after_another(model, rows, positions_K, shared)
+    else:
+        inputs = attention_inputs([len(row) for row in rows], device)
+        inputs["input_ids"], keep = torch.from_numpy(tokens_BT).to(device), positions_K - 1
+    output = model(use_cache=False, logits_to_keep=torch.from_numpy(keep).to(device), **inputs)
+    logits_BKV = output.logits.float().view(len(rows), len(positions_K), output.logits.shape[-1])
+    return logits_BKV, torch.from_numpy(tokens_BT[:, positions_K]).to(device), positions_K
+
+
+def _one_after_another(
+    model: Any, rows: Sequence[NDArray[np.int32]], positions_K: NDArray[np.int64], shared: int
+) -> tuple[dict[str, torch.Tensor], NDArray[np.int64]]:
+    """One row: the shared tokens, then the rest of each row, which sees the shared tokens and itself.
+
+    Returns the model's inputs and where the predictions of each row's K positions are, int64[B * K].
+    """
+    lengths = np.asarray([len(row) - shared for row in rows])
+    starts = shared + np.cumsum(lengths) - lengths
+    position_T = np.concatenate([np.arange(shared), *(shared + np.arange(length) for length in lengths)])
+    # The shared tokens are row 0, those of row i are i + 1.
+    row_T = np.repeat(np.arange(len(rows) + 1), [shared, *lengths])
+    order_T = np.arange(len(row_T))
+    seen_TT = (order_T[None] <= order_T[:, None]) & ((row_T[None] == 0) | (row_T[None] == row_T[:, None]))
+    mask_TT = torch.from_numpy(seen_TT).to(model.device)
+    # DeepSpeed's engine has a configuration of its own.
+    if getattr(model, "module", model).config._attn_implementation == "eager":
+        # It adds the mask to its scores.
+        mask_TT = torch.zeros(mask_TT.shape, device=mask_TT.device).masked_fill(~mask_TT, -torch.inf)
+    predictor_BK = starts[:, None] + positions_K[None] - shared - 1
+    predictor_BK = np.where(positions_K[None] == shared, shared - 1, predictor_BK)
+    # A row that ends earlier predicts something for places that nobody looks at.
+    predictor_BK = np.minimum(predictor_BK, len(row_T) - 1)
+    tokens_T = np.concatenate([rows[0][:shared], *(row[shared:] for row in rows)]).astype(np.int64)
+    inputs = {
+        "input_ids": torch.from_numpy(tokens_T)[None].to(model.device),
+        "position_ids": torch.from_numpy(position_T)[None].to(model.device),
+        "attention_mask": mask_TT[None, None],
+    }
+    return inputs, predictor_BK.ravel()
 
 
 def log_softmax(logits_BKV: torch.Tensor, temperature: float) -> torch.Tensor:

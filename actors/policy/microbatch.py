@@ -1,10 +1,58 @@
 """Cutting a batch into pieces that fit, and padding a piece into arrays."""
 
+from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows that go through the model together."""
+
+    rows: list[int]
+    shared: int = 0
+    """Leading tokens that all rows have in common and that are computed once for them; 0: rows are padded."""
+
+
+def by_prompt(rows: Sequence[NDArray[np.int32]], prompts: Sequence[int], budget: int) -> list[MicroBatch]:
+    """Group rows that begin with the same prompt where that saves half of their tokens; pad the rest.
+
+    `prompts`: how many leading tokens of each row are prompt; 0 for a row that must not share. A group that
+    shares has at most `budget` tokens. It is of one prompt, since attention over several would mostly be masked.
+    """
+    same: defaultdict[bytes, list[int]] = defaultdict(list)
+    for i, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
+        same[row[:prompt].tobytes() if prompt else b""].append(i)
+    alone = same.pop(b"", [])
+    groups: list[MicroBatch] = []
+    for members in same.values():
+        prompt = prompts[members[0]]
+        for piece in _pieces(members, [len(row) for row in rows], prompt, budget):
+            total = sum(len(rows[i]) for i in piece)
+            if total - prompt * (len(piece) - 1) <= total / 2:
+                groups.append(MicroBatch(piece, prompt))
+            else:
+                alone += piece
+    alone.sort()
+    padded = by_length([len(rows[i]) for i in alone], budget)
+    return groups + [MicroBatch([alone[i] for i in group]) for group in padded]
+
+
+def _pieces(members: Sequence[int], lengths: Sequence[int], prompt: int, budget: int) -> list[list[int]]:
+    """Cut rows of one prompt where a piece, its prompt counted once, would exceed the budget."""
+    pieces: list[list[int]] = []
+    size = 0
+    for i in members:
+        if not pieces or size + lengths[i] - prompt > budget:
+            pieces.append([])
+            size = prompt
+        pieces[-1].append(i)
+        size += lengths[i] - prompt
+    return pieces
 
 
 def by_length(lengths: Sequence[int], budget: int) -> list[list[int]]:

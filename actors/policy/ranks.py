@@ -4,11 +4,13 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch._C._distributed_c10d import HashStore
 
-from actors.policy.microbatch import by_length
+from actors.policy.microbatch import MicroBatch, by_prompt
 from protocols.workers import Rank
 
 
@@ -27,15 +29,17 @@ def leave(rank: Rank) -> None:
         dist.destroy_process_group()
 
 
-def shares(lengths: Sequence[int], budget: int, world: int) -> list[list[list[int]]]:
-    """The micro-batches of each rank: those of `by_length`, dealt out in turn.
+def shares(
+    rows: Sequence[NDArray[np.int32]], prompts: Sequence[int], budget: int, world: int
+) -> list[list[MicroBatch]]:
+    """The micro-batches of each rank: those of `by_prompt`, dealt out in turn.
 
     The budget is halved until every rank has one, or each row is alone; then some ranks may have none.
     """
-    groups = by_length(lengths, budget)
-    while len(groups) < min(world, len(lengths)):
+    groups = by_prompt(rows, prompts, budget)
+    while len(groups) < min(world, len(rows)):
         budget //= 2
-        groups = by_length(lengths, budget)
+        groups = by_prompt(rows, prompts, budget)
     return [groups[i::world] for i in range(world)]
 
 

@@ -34,7 +34,7 @@ from protocols.training import (
     OptimStepRequest,
     OptimStepResponse,
 )
-from protocols.workers import SamplerService, TrainerService
+from protocols.workers import Rank, SamplerService, TrainerService
 
 PROBES = 4
 """Sequences that samplers and trainer score after a publication."""
@@ -73,12 +73,22 @@ class SplitPolicyActor(Actor, PolicyService):
         self._samplers = samplers
         self._trainer = trainer
         self._tolerance = config.sampler.publish_tolerance or TOLERANCES[config.dtype]
+        self._broadcasts = config.sampler.publication == "broadcast"
         self._probes: list[TokenIds] = []
         self._probed: list[TokenIds] = []
         self._version = 0
         self._sleeps = config.sampler.sleep
         self._asleep = False
         self._turn = asyncio.Lock()
+
+    async def setup(self) -> None:
+        """Bring trainer and samplers together in a group, if weights are to be broadcast."""
+        if not self._broadcasts:
+            return
+        place = (await self._trainer.meet(Empty())).address
+        ranks = [Rank(index=i, world=len(self._samplers) + 1, address=place) for i in range(len(self._samplers) + 1)]
+        joined = (sampler.join(rank) for sampler, rank in zip(self._samplers, ranks[1:], strict=True))
+        await asyncio.gather(self._trainer.join(ranks[0]), *joined)
 
     async def health(self, request: HealthRequest) -> HealthResponse:
         """Say whether the policy can serve, and with which weights."""

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from actors.policy.forward import logits_of, logprobs_and_entropy
+from actors.policy.forward import logits_of, logprobs_and_entropy, longest_shared
 from actors.policy.loading import Loaded
 from actors.policy.loss_functions import TokenBatch, TokenLoss, token_loss
 from actors.policy.microbatch import pad_right
@@ -48,7 +48,7 @@ class TorchTrainer:
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         rank: Rank = ALONE,
     ) -> None:
-        self.model = model
+        self.model = self._module = model
         self._config = config
         self._seed = seed % 2**64
         self._rank = rank
@@ -72,16 +72,18 @@ class TorchTrainer:
         check_rows(request)
         counts = term_counts(request)
         sums = Sums()
-        lengths = [len(row.tokens) for row in request.rows]
-        cut = shares(lengths, self._config.micro_batch_tokens, self._rank.world)
+        tokens = [row.tokens.array for row in request.rows]
+        limit = longest_shared(self._module.config)
+        prompts = [prompt_length(row) if len(row.tokens) <= limit else 0 for row in request.rows]
+        cut = shares(tokens, prompts, self._config.micro_batch_tokens, self._rank.world)
         with self._training():
             for group in cut[self._rank.index]:
-                rows = [request.rows[i] for i in group]
-                self._micro_batch(rows, request.losses, counts, sums)
+                rows = [request.rows[i] for i in group.rows]
+                self._micro_batch(rows, request.losses, counts, sums, shared=group.shared)
             for _ in range(len(cut[0]) - len(cut[self._rank.index])):
                 self._keep_in_step(request, counts)
         total = Sums.of(gathered(sums))
-        return total.response(request.losses, counts, tokens=sum(lengths), micro_batches=sum(map(len, cut)))
+        return total.response(request.losses, counts, tokens=sum(map(len, tokens)), micro_batches=sum(map(len, cut)))
 
     def _keep_in_step(self, request: ForwardBackwardRequest, counts: dict[str, float]) -> None:
         """Called when another rank has a micro-batch more."""
@@ -108,12 +110,15 @@ class TorchTrainer:
         losses: dict[str, LossSpec],
         counts: dict[str, float],
         sums: "Sums",
+        *,
+        shared: int = 0,
         factor: float = 1.0,
     ) -> None:
         weights = {name: padded(rows, [row.terms.get(name) for row in rows]) for name in losses}
         wanted_BT = np.any([array != 0 for array in weights.values()], axis=0)
         with self._autocast():
-            logits, targets, positions = logits_of(self.model, [row.tokens.array for row in rows], wanted_BT)
+            tokens = [row.tokens.array for row in rows]
+            logits, targets, positions = logits_of(self.model, tokens, wanted_BT, shared)
         bonus = any(isinstance(spec, GRPOLoss) and spec.entropy_coef for spec in losses.values())
         predictions = {
             temperature: logprobs_and_entropy(logits, targets, temperature, entropy_gradient=bonus)
@@ -291,6 +296,12 @@ def check_rows(request: ForwardBackwardRequest) -> None:
             raise BadInput(f"counts[{name!r}]: got {count}, expected a number above 0 for a term of losses")
     if not any(weights.array.any() for row in request.rows for weights in row.terms.values()):
         raise BadInput("rows: no token has a weight in any term, there is nothing to learn")
+
+
+def prompt_length(row: TrainRow) -> int:
+    """Tokens before the first one with weight in any term; 0 if none has."""
+    with_weight = np.flatnonzero(np.any([weights.array != 0 for weights in row.terms.values()], axis=0))
+    return int(with_weight[0]) if len(with_weight) else 0
 
 
 def term_counts(request: ForwardBackwardRequest) -> dict[str, float]:

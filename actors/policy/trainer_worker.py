@@ -15,6 +15,7 @@ from actors.policy import forward, ranks
 from actors.policy.loading import Loaded, load
 from actors.policy.policy import precision
 from actors.policy.torch_trainer import TorchTrainer, full_size
+from actors.policy.weight_group import WeightGroup, open_store, types_of
 from actors.policy.weights import files_of
 from protocols.errors import RepertoryError
 from protocols.policy import PolicyConfig, ScoreRequest, ScoreResponse
@@ -53,6 +54,8 @@ class TrainerActor(Actor, TrainerService):
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="trainer")
         self._loaded: Loaded
         self._trainer: TorchTrainer
+        self._store: Any = None
+        self._group: WeightGroup | None = None
 
     async def setup(self) -> None:
         """Load the model and meet the other ranks. Raises BadInput as the policy does."""
@@ -108,8 +111,25 @@ class TrainerActor(Actor, TrainerService):
             logprobs = forward.score(model, rows, request.temperature, budget)
         return ScoreResponse(logprobs=logprobs, version=self._trainer.version)
 
+    async def meet(self, request: Empty) -> Rank:
+        """Open the place where samplers meet the first rank."""
+        if self._rank.index:
+            return Rank()
+        host = self._rank.address.rpartition(":")[0] or "127.0.0.1"
+        self._store, address = open_store(host)
+        return Rank(address=address)
+
+    async def join(self, request: Rank) -> Empty:
+        """Enter the group in which weights are broadcast."""
+        if self._rank.index == 0:
+            device = self._loaded.model.device
+            self._group = await self._run(lambda: WeightGroup(request, device, self._store))
+        return Empty()
+
     async def push(self, request: Empty) -> PushResponse:
         """Gather the weights bucket by bucket with the other ranks; rank 0 sends them to the samplers."""
+        if self._config.sampler.publication == "broadcast":
+            return await self._broadcast()
         version, size = self._trainer.version, 0
         pieces = self._trainer.buckets(BUCKET)
         bucket = await self._run(lambda: self._copied(pieces))
@@ -120,6 +140,31 @@ class TrainerActor(Actor, TrainerService):
             size += sum(tensor.array.nbytes for tensor in bucket.values())
             bucket = following
         return PushResponse(version=version, bytes=size)
+
+    async def _broadcast(self) -> PushResponse:
+        version, size = self._trainer.version, 0
+        pieces = self._trainer.buckets(BUCKET)
+        piece = await self._run(lambda: next(pieces, None))
+        while piece is not None:
+            if self._group is not None:
+                # Without `last`: whether there is another piece is known when this one's shards are let go.
+                bucket = WeightBucket(version=version, broadcast=types_of(piece), last=False)
+                await self._with_samplers(bucket, self._group, piece)
+            size += sum(tensor.nbytes for tensor in piece.values())
+            piece = await self._run(lambda: next(pieces, None))
+        if self._rank.index == 0:
+            await self._sampler.receive(WeightBucket(version=version, last=True))
+        return PushResponse(version=version, bytes=size)
+
+    async def _with_samplers(self, bucket: WeightBucket, group: WeightGroup, piece: dict[str, torch.Tensor]) -> None:
+        calls = (self._sampler.receive(bucket), self._run(lambda: group.send(piece.values())))
+        tasks = [asyncio.ensure_future(call) for call in calls]
+        # When one fails the other may wait for it in vain.
+        done, waiting = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        for task in waiting:
+            task.cancel()
+        for task in done:
+            task.result()
 
     def _copied(self, pieces: Iterator[dict[str, torch.Tensor]]) -> dict[str, Tensor] | None:
         """The next bucket, in memory that no later step changes."""

@@ -15,7 +15,6 @@ import torch.distributed as dist
 from actors.policy.loading import Loaded, resolve
 from protocols.errors import BadInput, Unavailable
 from protocols.policy import LoRAConfig, PolicyConfig
-from protocols.tensor import Tensor
 
 # One process: breakpoints work, and weights reach the model without being sent. The first model runner is
 # the one that lets its sampler be replaced. Sequences that fill the context are scored with one token more.
@@ -181,7 +180,7 @@ class VLLMEngine:
             raise Unavailable("vLLM could not drop what it had cached under the old weights")
         self.version = version
 
-    def put(self, tensors: dict[str, Tensor]) -> None:
+    def put(self, tensors: dict[str, torch.Tensor]) -> None:
         """Replace all weights, on the engine's thread."""
         from actors.policy.vllm_worker import load_weights
 

@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
@@ -20,7 +21,6 @@ from protocols.errors import BadInput
 from protocols.messages import Completion, SamplingParams, Structure
 from protocols.policy import PolicyConfig, SampleRequest, ScoreResponse
 from protocols.service import CheckpointResponse, Empty
-from protocols.tensor import Tensor
 
 
 class VLLMSamplerActor(SamplerActor):
@@ -63,9 +63,9 @@ class VLLMSamplerActor(SamplerActor):
         """What vLLM does not read from the model's files: random weights, and an adapter that changes nothing yet."""
         if self._config.init == "random":
             drawn = load(self._config.model_copy(update={"lora": None, "trainer": None, "device": "cpu"})).model
-            self._put({name: Tensor.from_torch(p.detach()) for name, p in drawn.named_parameters()})
+            self._put({name: p.detach() for name, p in drawn.named_parameters()})
         if self._config.lora is not None:
-            self._put_adapter({n: Tensor(np.zeros(p.shape), "float32") for n, p in self._replaceable().items()})
+            self._put_adapter({name: torch.zeros(p.shape) for name, p in self._replaceable().items()})
 
     async def _complete(
         self, prompts: list[EncodedPrompt], request: SampleRequest, stop: threading.Event, on_token: OnToken | None
@@ -118,16 +118,16 @@ class VLLMSamplerActor(SamplerActor):
         await self._engine.complete([request(place) for place in range(len(rows))])
         return logprobs, versions
 
-    async def _switch(self, tensors: dict[str, Tensor], version: int) -> None:
+    async def _switch(self, tensors: dict[str, torch.Tensor], version: int) -> None:
         put = self._put if self._config.lora is None else self._put_adapter
         await self._engine.run(lambda: self._engine.switch(lambda: put(tensors), version))
 
-    def _put(self, tensors: dict[str, Tensor]) -> None:
+    def _put(self, tensors: dict[str, torch.Tensor]) -> None:
         self._engine.put(tensors)
 
-    def _put_adapter(self, tensors: dict[str, Tensor]) -> None:
+    def _put_adapter(self, tensors: dict[str, torch.Tensor]) -> None:
         self._loaded.model.peft_config["default"].save_pretrained(self._folder.name)
-        named = {name.replace(".default.", "."): tensor.torch() for name, tensor in tensors.items()}
+        named = {name.replace(".default.", "."): tensor for name, tensor in tensors.items()}
         save_file(named, Path(self._folder.name) / "adapter_model.safetensors")
         self._engine.put_adapter(self._folder.name)
 

@@ -13,7 +13,6 @@ from vllm.v1.sample.sampler import Sampler
 
 from actors.policy.choose import BLOCK, next_tokens, uniforms
 from protocols.messages import SamplingParams
-from protocols.tensor import Tensor
 
 DRAW = "draw"
 """Key of a request's (params, seed, sample index) in its extra arguments."""
@@ -81,10 +80,9 @@ def install_sampler(worker: Any) -> None:
     worker.model_runner.sampler = SeededSampler(worker.model_runner)
 
 
-def load_weights(worker: Any, tensors: dict[str, Tensor]) -> None:
+def load_weights(worker: Any, tensors: dict[str, torch.Tensor]) -> None:
     """Replace all weights; names and shapes are those of a Hugging Face checkpoint."""
-    named = ((name, tensor.torch()) for name, tensor in tensors.items())
-    worker.model_runner.reload_weights(weights_iterator=named, is_checkpoint_format=True)
+    worker.model_runner.reload_weights(weights_iterator=iter(tensors.items()), is_checkpoint_format=True)
     for layer in _tied(worker.model_runner.get_model()):
         # On a CPU a layer computes with a packed copy of its weight; vLLM forgets that of a tied output layer.
         layer.quant_method.process_weights_after_loading(layer)

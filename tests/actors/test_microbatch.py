@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.policy.microbatch import attention_inputs, by_length, pad_left, pad_right
+from actors.policy.microbatch import MicroBatch, attention_inputs, by_length, by_prompt, pad_left, pad_right
 
 LENGTHS = st.lists(st.integers(0, 50), max_size=30)
 ROWS = st.lists(st.lists(st.integers(1, 9), max_size=6), min_size=1, max_size=6)
@@ -34,6 +34,40 @@ def test_no_group_could_take_the_first_of_the_next(lengths: list[int], budget: i
 def test_a_row_over_the_budget_goes_alone() -> None:
     assert by_length([3, 90, 4], budget=8) == [[1], [2, 0]]
     assert by_length([], budget=8) == []
+
+
+# A row is so many tokens of one of two prompts, and more of its own.
+SHAPES = st.lists(st.tuples(st.integers(0, 1), st.sampled_from([0, 1, 7, 30]), st.integers(1, 20)), max_size=20)
+
+
+@given(SHAPES, st.integers(1, 200))
+def test_micro_batches_of_a_prompt_share_it_and_save_half(shapes: list[tuple[int, int, int]], budget: int) -> None:
+    rows = [np.r_[[kind] * prompt, [9] * rest].astype(np.int32) for kind, prompt, rest in shapes]
+    groups = by_prompt(rows, [prompt for _, prompt, _ in shapes], budget)
+    assert sorted(i for group in groups for i in group.rows) == list(range(len(rows)))
+    for group in groups:
+        lengths = [len(rows[i]) for i in group.rows]
+        if group.shared:
+            assert {rows[i][: group.shared].tobytes() for i in group.rows} == {
+                rows[group.rows[0]][: group.shared].tobytes()
+            }
+            assert {shapes[i][1] for i in group.rows} == {group.shared}
+            computed = sum(lengths) - group.shared * (len(lengths) - 1)
+            assert computed <= budget and computed <= sum(lengths) / 2
+        else:
+            assert len(lengths) == 1 or len(lengths) * max(lengths) <= budget
+
+
+def test_micro_batches_by_prompt() -> None:
+    first, second = [1] * 10, [2] * 10
+    rows = [
+        np.asarray(row, np.int32) for row in ([*first, 5], [*second, 5], [*first, 6, 6], [3], [*second, 7], first)
+    ]
+    share = [10, 10, 10, 0, 10, 10]
+    assert by_prompt(rows, share, 100) == [MicroBatch([0, 2, 5], 10), MicroBatch([1, 4, 3])]
+    assert by_prompt(rows, share, 12) == [*map(MicroBatch, ([2], [0], [1], [4], [5], [3]))]
+    assert by_prompt(rows[:3], share[:3], 13) == [*map(MicroBatch, ([2], [0], [1]))]
+    assert by_prompt([], [], 8) == []
 
 
 @given(ROWS)

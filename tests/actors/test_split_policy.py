@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from cluster.cluster import Cluster
@@ -140,6 +141,47 @@ async def test_only_the_adapter_is_published(cluster: Cluster, model_dirs: dict[
         assert published.bytes == 4 * (await split.info(Empty())).trainable_parameters
         assert await split.score(PROBED) == await shared.score(PROBED)
     assert published.bytes < (await split.info(Empty())).parameters
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2}])
+async def test_weights_may_be_broadcast(
+    lora: dict[str, int] | None, cluster: Cluster, model_dirs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("actors.policy.trainer_worker.BUCKET", 10_000)
+    options = {"trainer": SHARED, "lora": lora}
+    sampler = {"replicas": 2, "publication": "broadcast"}
+    shared = await cluster.policy(a_policy(model_dirs["qwen2"], **options), name="shared")
+    split = await cluster.policy(a_policy(model_dirs["qwen2"], sampler=sampler, **options), name="split")
+    for step in range(3):
+        under_way = [asyncio.ensure_future(sample(split)) for _ in range(4)]
+        assert await update(split, step) == await update(shared, step)
+        published = await split.publish(Empty())
+        assert (published.version, published.gap < 1e-5) == (step + 1, True)
+        assert published.bytes == 4 * (await split.info(Empty())).trainable_parameters
+        assert await split.score(PROBED) == await shared.score(PROBED)
+        for response in await asyncio.gather(*under_way):
+            assert {int(v) for r in response.results for one in r.completions for v in one.versions.array} < {
+                step,
+                step + 1,
+            }
+
+
+async def test_a_broadcast_of_swapped_shards_is_caught(
+    cluster: Cluster, model_dirs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampler = {"replicas": 2, "publication": "broadcast"}
+    policy = await cluster.policy(a_policy(model_dirs["qwen2"], trainer=SHARED, sampler=sampler))
+    trainer = inner(cluster, "policy-trainer")._trainer
+    whole = trainer.buckets
+    monkeypatch.setattr(trainer, "buckets", lambda limit: (swapped(piece) for piece in whole(limit)))
+    await update(policy)
+    with pytest.raises(Corrupt, match="sampler 0 at version 1 differs from the trainer at version 1 by"):
+        await policy.publish(Empty())
+
+
+def test_a_broadcast_does_not_reach_what_is_spread() -> None:
+    with pytest.raises(ValidationError, match=r"publication: broadcast does not reach .* tensor_parallel"):
+        PolicyConfig.model_validate({"sampler": {"publication": "broadcast", "tensor_parallel": 2, "engine": "vllm"}})
 
 
 def swapped(piece: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -52,13 +52,20 @@ def make_rows(loaded: Loaded, losses: dict[str, LossSpec]) -> list[TrainRow]:
 
 
 def make_row(
-    loaded: Loaded, rng: np.random.Generator, length: int, losses: dict[str, LossSpec], present: set[str]
+    loaded: Loaded,
+    rng: np.random.Generator,
+    length: int,
+    losses: dict[str, LossSpec],
+    present: set[str],
+    prompt: np.ndarray | None = None,
 ) -> TrainRow:
     tokens = rng.integers(1, 180, length)
+    prompt = tokens[: max(1, length // 3)] if prompt is None else prompt
+    tokens[: len(prompt)] = prompt
     terms = {name: rng.choice([0.0, 1.0, 0.5], length) for name in sorted(present)}
     for weights in terms.values():
-        weights[: max(1, length // 3)] = 0.0
-        weights[-1] = 1.0
+        weights[: len(prompt)] = 0.0
+        weights[len(prompt)] = weights[-1] = 1.0
     if not any(isinstance(losses[name], GRPOLoss) for name in present):
         return TrainRow(row_id=f"row of {length}", tokens=tokens, terms=terms)
     near = plain_logprobs(loaded, tokens, 0.7) + rng.normal(scale=0.3, size=(2, length))
@@ -159,6 +166,37 @@ def test_gradients_of_every_architecture_are_those_of_a_plain_loop(loaded: Loade
         result = accumulate(loaded, losses, [rows], micro_batch_tokens=30, gradient_checkpointing=checkpointing)
         assert result.response.loss == pytest.approx(loss, abs=1e-5)
         assert_same(result.gradients, gradients)
+
+
+def rows_of_two_prompts(loaded: Loaded, losses: dict[str, LossSpec]) -> list[TrainRow]:
+    """Four rows of each of two prompts in turn, and one of its own."""
+    rng = np.random.default_rng(5)
+    names = sorted(losses)
+    prompts = rng.integers(1, 180, (3, 20))
+    return [
+        make_row(loaded, rng, 20 + length, losses, {names[i % len(names)]}, prompts[i % 2 if i < 8 else 2])
+        for i, length in enumerate([5, 12, 3, 9, 12, 2, 7, 4, 6])
+    ]
+
+
+@pytest.mark.parametrize("case", LOSSES)
+def test_gradients_with_a_shared_prompt_are_those_of_a_plain_loop(case: str, llama: Loaded) -> None:
+    losses, rows = LOSSES[case], rows_of_two_prompts(llama, LOSSES[case])
+    loss, gradients = plain_gradients(llama, losses, rows)
+    for checkpointing in (False, True):
+        result = accumulate(llama, losses, [rows], micro_batch_tokens=70, gradient_checkpointing=checkpointing)
+        assert result.response.loss == pytest.approx(loss, abs=1e-5)
+        assert_same(result.gradients, gradients, tolerance=2e-5)
+    assert result.response.micro_batches == 3
+
+
+def test_a_shared_prompt_is_computed_once(llama: Loaded, forward_calls: Callable[[Any], Any]) -> None:
+    rows = rows_of_two_prompts(llama, LOSSES["sft"])[:8]
+    model = copy.deepcopy(llama.model)
+    with forward_calls(model) as calls:
+        TorchTrainer(model, TrainerConfig()).forward_backward(ForwardBackwardRequest(rows=rows, losses=LOSSES["sft"]))
+    own = [[len(row.tokens) - 20 for row in rows[i::2]] for i in range(2)]
+    assert [tuple(call["input_ids"].shape) for call in calls] == [(1, 20 + sum(lengths)) for lengths in own]
 
 
 # However the batch is cut.

@@ -301,6 +301,18 @@ async def test_publication_with_requests_in_flight(
     assert any(len(set(one.versions.tolist())) == 2 for response in mixed for one in completions(response))
 
 
+@pytest.mark.parametrize("lora", [None, {"rank": 4}])
+async def test_weights_may_be_broadcast(
+    lora: dict[str, int] | None, cluster: Cluster, models: dict[str, str]
+) -> None:
+    sampler = {"engine": "vllm", "publication": "broadcast"}
+    policy = await cluster.policy(a_policy(models["qwen3"], "vllm", trainer=TRAINER, lora=lora, sampler=sampler))
+    for step in range(2):
+        await update(policy, step)
+        published = await policy.publish(Empty())
+        assert (published.version, published.gap < TOLERANCE) == (step + 1, True)
+
+
 def check_versions(response: SampleResponse, before: Any, after: Any, step: int) -> None:
     """Each token has the log-prob of the version that it names."""
     for one, old, new in zip(completions(response), before, after, strict=True):

@@ -8,7 +8,7 @@ import pytest
 
 
 @contextmanager
-def local_ray(cpus: int) -> Iterator[Any]:
+def local_ray(cpus: int, gpus: int = 0) -> Iterator[Any]:
     import ray
 
     with pytest.MonkeyPatch.context() as patch:
@@ -16,6 +16,7 @@ def local_ray(cpus: int) -> Iterator[Any]:
         ray.init(
             "local",
             num_cpus=cpus,
+            num_gpus=gpus,
             object_store_memory=100 << 20,
             include_dashboard=False,
             log_to_driver=False,

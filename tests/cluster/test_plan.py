@@ -95,6 +95,22 @@ def test_what_does_not_fit_says_of_what(process: Process, problem: str) -> None:
         check([placed])
 
 
+def test_inline_policies_share_the_memory_of_one_gpu() -> None:
+    ones = [
+        Process("first", 9, 0, {"weights": 30}, {"optimiser": 5}),
+        Process("second", 9, 0, {"weights": 20}),
+        Process("third", 9, 0, {"weights": 6}, computes_on="cpu"),
+        Process("fourth", 9, 0, {"weights": 1}, {"optimiser": 5}),
+    ]
+    placed = place(ones, [Node("n", 2, 8, [1.0, 1.0], 40)], inline=True)
+    assert [one.problem for one in placed] == [
+        "",
+        "needs 20.0 GiB of the GPU, n has 10.0 left there",
+        "needs 6.0 GiB of memory, n has 3.0 left",
+        "needs 5.0 GiB of memory, n has 3.0 left",
+    ]
+
+
 def test_the_largest_go_first_and_all_share_what_there_is() -> None:
     nodes = [Node("one", 4, 10, [1.0]), Node("two", 4, 10, [1.0, 1.0])]
     ones = [

@@ -83,16 +83,29 @@ def a_policy(model: str, **trainer: Any) -> PolicyConfig:
 
 
 def rows(seed: int, losses: dict[str, LossSpec]) -> list[TrainRow]:
+    """Rows of their own, and three that share a prompt."""
     rng = np.random.default_rng(seed)
+    shared = rng.integers(1, 180, 16)
     return [
         TrainRow(
-            row_id=str(i),
-            tokens=rng.integers(1, 180, length),
-            terms={name: np.r_[0.0, 0.0, rng.choice([0.5, 1.0], length - 2)] for name in losses},
+            row_id=f"{prompt}-{length}",
+            tokens=np.r_[shared[:prompt], rng.integers(1, 180, length - prompt)],
+            terms={name: np.r_[[0.0] * prompt, rng.choice([0.5, 1.0], length - prompt)] for name in losses},
             advantages=rng.normal(size=length),
             reference_logprobs=-rng.random(length) * 5,
         )
-        for i, length in enumerate([14, 5, 9, 22, 7, 18, 11])
+        for prompt, length in [
+            (2, 14),
+            (2, 5),
+            (2, 9),
+            (16, 19),
+            (2, 22),
+            (16, 18),
+            (2, 7),
+            (2, 18),
+            (16, 20),
+            (2, 11),
+        ]
     ]
 
 
@@ -125,6 +138,21 @@ async def test_two_ranks_are_as_one(group: str, model: str, inline: Cluster, on_
     published = await two.publish(Empty())
     assert published.version == 15
     assert published.gap < 1e-4
+
+
+async def test_shards_of_two_ranks_are_broadcast_to_two_samplers(model: str, on_ray: Cluster, ray: Any) -> None:
+    sampler = {"replicas": 2, "publication": "broadcast"}
+    given = a_policy(model, workers=2, **GROUPS["zero-3"]).model_dump() | {"sampler": sampler}
+    policy = await on_ray.policy(PolicyConfig.model_validate(given))
+    for step in range(2):
+        await updates(policy, LOSSES["both"], range(step, step + 1))
+        published = await policy.publish(Empty())
+        assert published.version == step + 1
+        assert published.gap < 1e-4
+    host = ray.get_actor("policy-sampler-1", "group-ray")
+    os.kill(ray.get(host.__ray_call__.remote(lambda _: os.getpid())), signal.SIGKILL)
+    with pytest.raises(Unavailable, match=r"the actor 'policy-sampler-1' has died|a member of the broadcast is gone"):
+        await policy.publish(Empty())
 
 
 @pytest.mark.parametrize("group", ["zero-2", "zero-3"])

@@ -1,0 +1,88 @@
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from actors.policy.forward import SHARING, logits_of, longest_shared
+from actors.policy.loading import Loaded
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+}
+MORE: dict[str, dict[str, Any]] = {
+    "glm": {"partial_rotary_factor": 0.5},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 16, "num_experts_per_tok": 2},
+}
+
+
+def a_model(kind: str, **options: Any) -> Any:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**SMALL | MORE.get(kind, {}) | options)).eval()
+
+
+def rows_of_one_prompt() -> tuple[list[np.ndarray], np.ndarray]:
+    """Rows with 9 tokens in common, and which of their tokens are wanted."""
+    rng = np.random.default_rng(0)
+    prompt = rng.integers(1, 50, 9)
+    rows = [np.r_[prompt, rng.integers(1, 50, length)].astype(np.int32) for length in (4, 1, 7, 4)]
+    wanted = np.zeros((4, 16), np.bool_)
+    for i, row in enumerate(rows):
+        wanted[i, 9 : len(row)] = True
+    wanted[:, 11] = False
+    return rows, wanted
+
+
+@pytest.mark.parametrize("kind", sorted(SHARING))
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_shared_prompt_changes_no_logits(kind: str, attention: str) -> None:
+    model = a_model(kind)
+    model.set_attn_implementation(attention)
+    rows, wanted = rows_of_one_prompt()
+    logits, targets, positions = logits_of(model, rows, wanted)
+    shared_logits, shared_targets, shared_positions = logits_of(model, rows, wanted, 9)
+    assert positions.tolist() == shared_positions.tolist() == [9, 10, 12, 13, 14, 15]
+    assert torch.equal(targets, shared_targets)
+    there = torch.from_numpy(np.asarray([[p < len(row) for p in positions] for row in rows]))
+    assert there.sum() == 3 + 1 + 6 + 3
+    assert logits[there].std() > 0.5
+    torch.testing.assert_close(shared_logits[there], logits[there], atol=2e-5, rtol=0)
+
+
+def test_a_shared_prompt_and_all_that_follows_is_one_row(llama: Loaded, forward_calls: Any) -> None:
+    rows, wanted = rows_of_one_prompt()
+    with forward_calls(llama.model) as calls:
+        logits_of(llama.model, rows, wanted, 9)
+    assert [tuple(call["input_ids"].shape) for call in calls] == [(1, 9 + 4 + 1 + 7 + 4)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "longest"),
+    [
+        ("llama", {}, None),
+        ("gpt2", {}, None),
+        ("mistral", {"sliding_window": 7}, 7),
+        ("mistral", {"sliding_window": None}, None),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}, 5),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 32}, None),
+        ("gemma2", {"sliding_window": 6}, 6),
+        ("gpt_neo", {}, 0),
+        ("mamba", {}, 0),
+    ],
+)
+def test_rows_longer_than_a_window_do_not_share(kind: str, options: dict[str, Any], longest: int | None) -> None:
+    found = longest_shared(CONFIG_MAPPING[kind](**options))
+    assert found == longest if longest is not None else found > 1 << 30
