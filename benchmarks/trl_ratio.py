@@ -4,6 +4,9 @@ Same model, prompts, sample counts and limits in all arms. Each arm is a process
 others work: they take turns, step by step. A step samples 8 completions of 8 prompts and makes one update on them.
 Completions of the long-tailed regime end at random, by a weight of the model, so that lengths are about exponential.
 TRL runs with two micro-batch sizes; ratios are to the better one. Prints Markdown and writes trl_ratio.json.
+
+With --staleness-1 it compares wall time on two cores: TRL with two threads, against a sampler and a trainer of
+one thread each, where the rollouts of the next step go on while the trainer works; a turn of that arm is 6 steps.
 """
 
 import argparse
@@ -20,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 VOCABULARY, PROMPTS, SAMPLES = 1000, 8, 8
+AHEAD, AHEAD_STEPS = "repertory, staleness 1", 6
 SHAPES = {
     "0.7M": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4},
     "10M": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 12},
@@ -85,6 +89,8 @@ def serve(connection: Connection, arm: str, model: Path, regime: Regime, threads
     torch.set_num_threads(threads)
     if arm.startswith("TRL"):
         serve_trl(connection, model, regime, int(arm.split()[-1]))
+    elif arm == AHEAD:
+        asyncio.run(serve_ahead(connection, model, regime))
     else:
         asyncio.run(serve_own(connection, model, regime, threads, arm.split()[-1]))
 
@@ -162,16 +168,63 @@ async def serve_own(connection: Connection, model: Path, regime: Regime, threads
                 connection.send(await own_step(policy, SampleRequest(prompts=asked, n=SAMPLES, params=params)))
 
 
+async def serve_ahead(connection: Connection, model: Path, regime: Regime) -> None:
+    from cluster.cluster import Cluster
+    from cluster.config import MethodConfig
+    from protocols.messages import Prompt, SamplingParams
+    from protocols.policy import PolicyConfig, SampleRequest
+
+    given = {
+        **{"model": str(model), "device": "cpu", "threads": 1},
+        # A second sampler, which has nothing to do, keeps the first apart from the trainer.
+        **{"sampler": {"replicas": 2, "max_batch_rows": PROMPTS * SAMPLES}, "resources": {"cpus": 0.5}},
+        **{"trainer": {"learning_rate": 1e-6, "micro_batch_tokens": 2048}},
+    }
+    params = SamplingParams(max_tokens=regime.longest)
+    with tempfile.TemporaryDirectory() as runs:
+        config = MethodConfig.model_validate({"runs_dir": runs, "transport": "ray"})
+        async with Cluster(config, method="benchmark", run="ahead") as cluster:
+            policy = await cluster.policy(PolicyConfig.model_validate(given))
+
+            def rollout(step: int) -> asyncio.Task[Any]:
+                asked = [Prompt(text=text, seed=step * 100 + i) for i, text in enumerate(prompts(regime))]
+                return asyncio.create_task(policy.sample(SampleRequest(prompts=asked, n=SAMPLES, params=params)))
+
+            connection.send("ready")
+            while await asyncio.to_thread(connection.recv):
+                wall, tokens = time.perf_counter(), 0
+                ahead = rollout(0)
+                for step in range(AHEAD_STEPS):
+                    sampled = await ahead
+                    if step + 1 < AHEAD_STEPS:
+                        ahead = rollout(step + 1)
+                    tokens += await train_on(policy, sampled)
+                seconds = (time.perf_counter() - wall) / AHEAD_STEPS
+                # What Ray's processes take of the processor is not known here.
+                connection.send({"tokens": tokens / AHEAD_STEPS, "wall": seconds, "cpu": math.nan, "sampling": 0.0})
+
+
 async def own_step(policy: Any, request: Any) -> Report:
+    wall, cpu = time.perf_counter(), time.process_time()
+    sampled = await policy.sample(request)
+    sampling = time.process_time() - cpu
+    tokens = await train_on(policy, sampled)
+    return {
+        "tokens": tokens,
+        "wall": time.perf_counter() - wall,
+        "cpu": time.process_time() - cpu,
+        "sampling": sampling,
+    }
+
+
+async def train_on(policy: Any, sampled: Any) -> int:
+    """One update on the completions, and its publication. Returns their number of tokens."""
     import numpy as np
 
     from protocols.losses import GRPOLoss
     from protocols.service import Empty
     from protocols.training import ForwardBackwardRequest, OptimStepRequest, TrainRow
 
-    wall, cpu = time.perf_counter(), time.process_time()
-    sampled = await policy.sample(request)
-    sampling = time.process_time() - cpu
     rows, tokens = [], 0
     for p, result in enumerate(sampled.results):
         rewards_G = np.array([float(len(one.text) % 7) for one in result.completions])
@@ -185,18 +238,14 @@ async def own_step(policy: Any, request: Any) -> Report:
                     tokens=np.r_[result.prompt_tokens.array, one.tokens.array],
                     terms={"grpo": on_completion},
                     advantages=on_completion * advantage,
+                    sampled_logprobs=np.r_[np.zeros(lengths[0]), one.logprobs.array],
                 )
             )
             tokens += lengths[1]
     await policy.forward_backward(ForwardBackwardRequest(rows=rows, losses={"grpo": GRPOLoss()}))
     await policy.optim_step(OptimStepRequest())
     await policy.publish(Empty())
-    return {
-        "tokens": tokens,
-        "wall": time.perf_counter() - wall,
-        "cpu": time.process_time() - cpu,
-        "sampling": sampling,
-    }
+    return tokens
 
 
 def measure(
@@ -242,10 +291,10 @@ def summary(found: dict[str, list[Report]]) -> list[dict[str, Any]]:
                 "sampling_share": statistics.median(report["sampling"] / report["cpu"] for report in reports),
             }
         )
-    best = max((row for row in rows if row["arm"].startswith("TRL")), key=lambda row: row["tokens_per_cpu_s"])
-    for row in rows:
-        row["ratio"] = row["tokens_per_cpu_s"] / best["tokens_per_cpu_s"]
-        row["wall_ratio"] = row["tokens_per_wall_s"] / best["tokens_per_wall_s"]
+    for ratio, rate in (("ratio", "tokens_per_cpu_s"), ("wall_ratio", "tokens_per_wall_s")):
+        best = max(row[rate] for row in rows if row["arm"].startswith("TRL"))
+        for row in rows:
+            row[ratio] = row[rate] / best
     return rows
 
 
@@ -255,8 +304,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("trl_ratio.json"))
+    parser.add_argument("--staleness-1", action="store_true")
     options = parser.parse_args()
     arms = ["TRL, micro-batch 64", "TRL, micro-batch 16", "repertory, transformers", "repertory, vllm"]
+    if options.staleness_1:
+        arms, options.threads = [*arms[:2], AHEAD], 2
     results = {}
     print("| regime | arm | tokens per CPU-s (range) | to TRL | s per step | wall, to TRL | sampling |")
     print("|---|---|---|---|---|---|---|")

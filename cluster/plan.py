@@ -180,7 +180,7 @@ def nodes(config: MethodConfig) -> list[Node]:
 def place(wanted: Sequence[Process], nodes: Sequence[Node], *, inline: bool) -> list[Placed]:
     """Give each process the first machine with room for it, the largest first. Takes what it gives from `nodes`.
 
-    `inline`: there is one process, so cores and shares of GPUs are not given out; memory is, of a GPU if one is there.
+    `inline`: there is one process, so cores and shares of GPUs are not given out; memory is, of a GPU if it has one.
     """
     found: dict[str, Placed] = {}
     for process in sorted(wanted, key=lambda one: (-one.gpus, -one.on_device, -one.cpus)):
