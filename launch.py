@@ -4,6 +4,10 @@ launch.py METHOD [--config FILE] [key=value ...]   run a method, or continue its
 launch.py METHOD --help                            all keys of a method
 launch.py plan METHOD [--config FILE] [key=value ...]  what a run would start, where it goes, what does not fit
 launch.py report RUN                               write a run's report anew
+launch.py serve [--config FILE] [key=value ...]    actors behind a gateway, until they are told to stop
+launch.py status                                   runs of this machine whose gateway is up
+launch.py stop RUN                                 end such a run; calls under way are finished
+launch.py token NAME [ROLE ...]                    a new token for a caller, and its entry in the file of tokens
 launch.py methods                                  all methods
 """
 
@@ -62,6 +66,12 @@ def _dispatch(words: list[str]) -> int:
         return _list_methods()
     if command == "report":
         return _report(words[1:])
+    if command in ("status", "stop"):
+        return _gateways(command, words[1:])
+    if command == "token":
+        return _token(words[1:])
+    if command == "serve":
+        return _method(command, words[1:], path="cluster.serve")
     only_plan = command == "plan"
     if only_plan:
         if len(words) < 2:
@@ -98,7 +108,7 @@ def _list_methods() -> int:
 def _unknown(command: str) -> int:
     import difflib
 
-    known = [*method_summaries(), "methods", "plan", "report"]
+    known = [*method_summaries(), "methods", "plan", "report", "serve", "status", "stop", "token"]
     near = difflib.get_close_matches(command, known, n=1)
     hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"
     print(f"error: {command!r} is neither a method nor a command{hint}", file=sys.stderr)
@@ -121,8 +131,40 @@ def _report(words: list[str]) -> int:
     return 0
 
 
-def _method(name: str, words: list[str], *, only_plan: bool = False) -> int:
-    module = importlib.import_module(f"methods.{name}")
+def _gateways(command: str, words: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog=f"launch.py {command}")
+    if command == "stop":
+        parser.add_argument("run", help="name of the run")
+        parser.add_argument("--deadline", type=float, default=120.0, help="seconds to wait (default: 120)")
+    parser.add_argument("--runs-dir", default="runs", help="folder that holds the runs (default: runs)")
+    options = parser.parse_args(words)
+    from cluster.gateway.running import running, stop
+
+    folder = Path(options.runs_dir).expanduser()
+    if command == "stop":
+        one = stop(folder, options.run, options.deadline)
+        print(f"{one.run} has ended")
+        return 0
+    for one in running(folder):
+        print(f"{one.run:20} {one.address:30} process {one.pid}")
+    return 0
+
+
+def _token(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="launch.py token")
+    parser.add_argument("name", help="how the log calls the caller")
+    parser.add_argument("roles", nargs="*", default=["infer"], help="infer, train, admin (default: infer)")
+    options = parser.parse_args(words)
+    from cluster.gateway.auth import new_token
+
+    token, entry = new_token(options.name, options.roles)
+    print(f"token, shown this once: {token}", file=sys.stderr)
+    print(entry, end="")
+    return 0
+
+
+def _method(name: str, words: list[str], *, only_plan: bool = False, path: str = "") -> int:
+    module = importlib.import_module(path or f"methods.{name}")
     parser = argparse.ArgumentParser(prog=f"launch.py {name}", add_help=False)
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--config", type=Path)
@@ -173,6 +215,9 @@ def _run(name: str, module: ModuleType, config: "MethodConfig", run: str) -> int
         code = 128 + signal.SIGINT
     except asyncio.CancelledError:
         code = 128 + signal.SIGTERM
+    if name == "serve":
+        print("stopped", file=sys.stderr)
+        return 0
     latest = cluster.directory.latest()
     where = f"continues after {latest.name}" if latest else "begins anew, nothing is committed yet"
     print(f"stopped; the same command {where}", file=sys.stderr)

@@ -1,17 +1,20 @@
 """What a method sees: actors by kind, and the steps of its run."""
 
+import asyncio
 import functools
 import json
+import os
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from actors.actor import Actor, start
 from cluster.bundles import bundles_for
 from cluster.config import MethodConfig
 from cluster.configure import may_change
-from cluster.handle import Transport, call_times, make_handle
+from cluster.gateway.config import GatewayConfig
+from cluster.gateway.running import GATEWAY_FILE, logged
 from cluster.inline import InlineTransport
 from cluster.overlap import CarriesCursor, Cursor, Rollouts, overlapped
 from cluster.progress import Progress
@@ -21,12 +24,16 @@ from cluster.steps import LoopState, Step, steps
 from cluster.summary import Summary
 from cluster.tracking import Tracker, open_tracker
 from protocols.errors import BadInput, RepertoryError, classify
+from protocols.handle import Transport, call_times, make_handle
 from protocols.placement import Resources
 from protocols.policy import PolicyConfig, PolicyService
 from protocols.questioner import QuestionerConfig, QuestionerService
 from protocols.service import CheckpointRequest, Service
 from protocols.verifier import VerifierConfig, VerifierService
 from protocols.workers import Rank, SamplerService, TrainerService
+
+if TYPE_CHECKING:
+    from cluster.gateway.server import Gateway
 
 S = TypeVar("S", bound=Service)
 
@@ -46,6 +53,7 @@ class Cluster:
         # What must end however the run is left, last in, first out; a failure in one does not spare the others.
         self._open = AsyncExitStack()
         self._connected = False
+        self._gateway: Gateway | None = None
         self._activity: Callable[[str], None] = print
 
     @property
@@ -56,10 +64,28 @@ class Cluster:
     async def __aenter__(self) -> "Cluster":
         self._open.callback(self.directory.close)
         self.directory.claim(self.saved_config, may_change(self.config))
+        if self.config.gateway is not None:
+            await self._serve(self.config.gateway)
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        await self._open.aclose()
+        try:
+            # While the actors can still answer what is under way.
+            if self._gateway is not None:
+                await self._gateway.close()
+        finally:
+            await self._open.aclose()
+
+    async def _serve(self, config: GatewayConfig) -> None:
+        """Open the gateway; it finds actors as they start."""
+        from cluster.gateway.server import Gateway
+
+        self._gateway = Gateway(config, self._handles, self.directory.path / "remote")
+        try:
+            await self._gateway.start()
+        except BaseException:
+            await self._open.aclose()
+            raise
 
     def progress(self, title: str, total: int, headline: Sequence[str] = ()) -> Progress:
         """A display for long work outside of the run's own steps; a context manager."""
@@ -259,6 +285,23 @@ class Cluster:
         self._handles.pop(name, None)
         self._committed.pop(name, None)
 
+    async def serve_until_stopped(self, announce: Callable[[str], None]) -> None:
+        """Keep the actors up for callers of the gateway; give its address away first."""
+        assert self._gateway is not None
+        self.directory.open(self.saved_config, may_change(self.config))
+        self._note_gateway()
+        announce(self._gateway.address)
+        await asyncio.Event().wait()
+
+    def _note_gateway(self) -> None:
+        """Leave in the run's folder where the gateway is while it is up, and its log."""
+        if self._gateway is None:
+            return
+        file = self.directory.path / GATEWAY_FILE
+        write_atomically(file, json.dumps({"pid": os.getpid(), "address": self._gateway.address}))
+        self._open.callback(file.unlink, missing_ok=True)
+        self._open.enter_context(logged(self.directory.path / "gateway.log"))
+
     async def steps(self, state: LoopState, *, first: int = 1) -> AsyncIterator[Step]:
         """The steps of the run that are left, `first` to `config.steps`, each committed when it ends.
 
@@ -344,6 +387,7 @@ class Cluster:
                 self.directory.discard()
             raise
         self._open.callback(tracker.close)
+        self._note_gateway()
         return tracker
 
     def _call_seconds(self) -> dict[str, float]:

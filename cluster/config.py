@@ -4,6 +4,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from cluster.gateway.config import GatewayConfig
 from protocols.service import Message
 
 
@@ -23,6 +24,7 @@ class MethodConfig(Message):
             "wandb_project",
             "deadline_s",
             "profile",
+            "gateway",
         }
     )
     # The same inside of a policy's configuration: where it runs, and over how many processes.
@@ -36,6 +38,7 @@ class MethodConfig(Message):
             "sampler.tensor_parallel",
             "sampler.cache_gib",
             "sampler.sleep",
+            "sampler.publication",
         }
     )
 
@@ -63,5 +66,7 @@ class MethodConfig(Message):
     """Weights & Biases: `offline` writes to the run's folder, `online` also uploads (needs WANDB_API_KEY)."""
     wandb_project: str = "repertory"
     """Weights & Biases project."""
+    gateway: GatewayConfig | None = None
+    """Let services query the run's actors over gRPC meanwhile, e.g. gateway.address=127.0.0.1:50051; null: no."""
     deadline_s: float = Field(default=3600.0, gt=0)
     """Longest wait for one call to an actor, in seconds; then the run fails and names the actor."""

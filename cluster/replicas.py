@@ -5,8 +5,8 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from typing import cast
 
-from cluster.handle import Transport
 from protocols.errors import Unavailable
+from protocols.handle import Transport
 from protocols.service import Message, Method
 
 

@@ -29,8 +29,8 @@ from protocols.service import Service
 
 FOLDER = Path(__file__).parent / "proto"
 WIDTH = 100
-# The client needs grpc, which writing the files must not; workers move weights, which never leave a cluster.
-_NOT_PUBLISHED = ("client", "workers")
+# Of the wire, or of the inside of a cluster: workers move weights, which never leave it.
+_NOT_PUBLISHED = ("client", "descriptors", "handle", "wire", "workers")
 
 _OPEN = re.compile(r"(message|enum|service) (\w+) \{\}?")
 _ENTRY = re.compile(r" +(?:(optional|repeated) )?(?:(\w+|map<string, \w+>) )?(\w+) = (\d+);")

@@ -1,5 +1,6 @@
 """The failure taxonomy. It is decided where the failure happens, before the error crosses a process."""
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import pydantic
@@ -22,6 +23,11 @@ class BadInput(RepertoryError):
     """The caller's fault: the message names the field, the value and what was expected. Never retried."""
 
     code = "INVALID_ARGUMENT"
+
+    def __init__(self, message: str, fields: Sequence[tuple[str, str]] = ()) -> None:
+        super().__init__(message)
+        self.fields = tuple(fields)
+        """Path of each wrong field and what is wrong with it, where that is known."""
 
 
 class Unavailable(RepertoryError):
@@ -48,6 +54,28 @@ class Corrupt(RepertoryError):
     code = "DATA_LOSS"
 
 
+class Unauthenticated(RepertoryError):
+    """The caller has shown no token, or none that is known."""
+
+    code = "UNAUTHENTICATED"
+
+
+class Denied(RepertoryError):
+    """The caller is known and may not do this."""
+
+    code = "PERMISSION_DENIED"
+
+
+class Exhausted(RepertoryError):
+    """There is no room for the call now; it may be made again after `retry_after_s`."""
+
+    code = "RESOURCE_EXHAUSTED"
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
 class Internal(RepertoryError):
     """A defect in an actor; the text carries the original exception."""
 
@@ -59,7 +87,7 @@ def classify(error: BaseException) -> RepertoryError:
     if isinstance(error, RepertoryError):
         return error
     if isinstance(error, pydantic.ValidationError):
-        return BadInput(describe_validation_error(error))
+        return BadInput(describe_validation_error(error), wrong_fields(error))
     return Internal(f"{type(error).__name__}: {error}")
 
 
@@ -68,9 +96,19 @@ def describe_validation_error(error: pydantic.ValidationError) -> str:
     return "; ".join(_describe_one(dict(item)) for item in error.errors(include_url=False))
 
 
-def _describe_one(item: dict[str, object]) -> str:
+def wrong_fields(error: pydantic.ValidationError) -> list[tuple[str, str]]:
+    """Path of each wrong field, and what is wrong with it."""
+    items = [dict(item) for item in error.errors(include_url=False)]
+    return [(_path(item), _describe_one(item)) for item in items]
+
+
+def _path(item: dict[str, object]) -> str:
     location = item["loc"]
-    path = ".".join(str(part) for part in location) if isinstance(location, tuple) else str(location)
+    return ".".join(str(part) for part in location) if isinstance(location, tuple) else str(location)
+
+
+def _describe_one(item: dict[str, object]) -> str:
+    path = _path(item)
     value = repr(item.get("input"))
     shown = value if len(value) <= 80 else value[:77] + "..."
     if item["type"] == "missing":

@@ -306,17 +306,17 @@ class PolicyService(Service):
     async def score(self, request: ScoreRequest) -> ScoreResponse:
         """Log-probs of every token of the sequences."""
 
-    @rpc(dispatch="all")
+    @rpc(dispatch="all", role="train")
     @abstractmethod
     async def forward_backward(self, request: ForwardBackwardRequest) -> ForwardBackwardResponse:
         """Add the gradient of the batch loss to what is accumulated. Raises Stale on a frozen policy."""
 
-    @rpc(dispatch="all")
+    @rpc(dispatch="all", role="train")
     @abstractmethod
     async def optim_step(self, request: OptimStepRequest) -> OptimStepResponse:
         """Clip, step, clear the gradients. Raises Corrupt, and changes nothing, if they are not finite."""
 
-    @rpc(dispatch="all")
+    @rpc(dispatch="all", role="train")
     @abstractmethod
     async def publish(self, request: Empty) -> PublishResponse:
         """Bring the trainer's weights to the samplers; free when both share one module."""

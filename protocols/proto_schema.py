@@ -168,7 +168,7 @@ class _Reach:
         return replace(entry, label="optional", comment=f"{entry.comment}{_default_text(default)}")
 
     def _labelled(self, hint: Any, site: Site) -> tuple[str, str]:
-        hint = _bare(hint)
+        hint = bare(hint)
         origin, args = get_origin(hint), get_args(hint)
         if origin in (Union, UnionType) and len(args) == 2 and NoneType in args:
             return "optional", self._single(args[args[0] is NoneType], site)
@@ -179,7 +179,7 @@ class _Reach:
         return "", self._single(hint, site)
 
     def _single(self, hint: Any, site: Site) -> str:
-        hint = _bare(hint)
+        hint = bare(hint)
         if hint is Tensor:
             return self._tensor()
         if isinstance(hint, type) and hint in SCALARS:
@@ -190,7 +190,7 @@ class _Reach:
             return self._enum(_block("enum", hint), [value.value for value in hint], hint)
         if get_origin(hint) is Literal:
             return self._literal(get_args(hint), site)
-        if _discriminator(hint):
+        if discriminator(hint):
             return self._union(hint, site)
         raise TypeError(f"{site}: {hint} has no protobuf type; protocols/proto_schema.py says which types have")
 
@@ -211,7 +211,7 @@ class _Reach:
         return block.name
 
     def _union(self, hint: Any, site: Site) -> str:
-        union, tag = get_args(hint)[0], _discriminator(hint)
+        union, tag = get_args(hint)[0], discriminator(hint)
         members = get_args(union)
         if not all(isinstance(member, type) and issubclass(member, Message) for member in members):
             raise TypeError(f"{site}: expected a union of messages alone, got {union}")
@@ -254,12 +254,12 @@ def _doc(cls: type) -> str:
     return cleandoc(cls.__doc__ or "")
 
 
-def _bare(hint: Any) -> Any:
+def bare(hint: Any) -> Any:
     """The type without its annotations; a discriminated union keeps them."""
-    return get_args(hint)[0] if get_origin(hint) is Annotated and not _discriminator(hint) else hint
+    return get_args(hint)[0] if get_origin(hint) is Annotated and not discriminator(hint) else hint
 
 
-def _discriminator(hint: Any) -> str:
+def discriminator(hint: Any) -> str:
     """Name of the field that tells the members of an annotated union apart, or the empty string."""
     for note in getattr(hint, "__metadata__", ()):
         if isinstance(note, FieldInfo) and isinstance(note.discriminator, str):

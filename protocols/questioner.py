@@ -101,7 +101,7 @@ class QuestionerService(Service):
     async def propose(self, request: ProposeRequest) -> ProposeResponse:
         """One proposal per cluster, whatever became of it. Raises BadInput on repeated clusters."""
 
-    @rpc(dispatch="all")
+    @rpc(dispatch="all", role="train")
     @abstractmethod
     async def remember(self, request: RememberRequest) -> Empty:
         """Add questions to the memory, oldest out first."""

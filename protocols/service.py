@@ -52,6 +52,7 @@ class CheckpointResponse(Message):
 
 
 Dispatch = Literal["any", "all"]
+Role = Literal["infer", "train", "admin"]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -65,17 +66,19 @@ class Method:
     streaming: bool
     safe: bool
     dispatch: Dispatch
+    role: Role
 
 
-def rpc(*, safe: bool = False, dispatch: Dispatch = "any") -> Callable[[Function], Function]:
+def rpc(*, safe: bool = False, dispatch: Dispatch = "any", role: Role = "infer") -> Callable[[Function], Function]:
     """Mark a method of a service as remote.
 
     safe: calling it twice is the same as calling it once, so a handle may retry it.
     dispatch: with several replicas, whether one of them answers or every one must do it.
+    role: what a caller from outside must be allowed: to ask, to change what the actor knows, or to stop it.
     """
 
     def mark(function: Function) -> Function:
-        function.__dict__["rpc"] = (safe, dispatch)
+        function.__dict__["rpc"] = (safe, dispatch, role)
         return function
 
     return mark
@@ -95,17 +98,17 @@ class Service(ABC):
     async def health(self, request: HealthRequest) -> HealthResponse:
         """Say whether the actor can serve."""
 
-    @rpc()
+    @rpc(role="train")
     @abstractmethod
     async def save(self, request: CheckpointRequest) -> CheckpointResponse:
         """Write the actor's whole state under a directory."""
 
-    @rpc(dispatch="all")
+    @rpc(dispatch="all", role="train")
     @abstractmethod
     async def load(self, request: CheckpointRequest) -> CheckpointResponse:
         """Take the state that `save` wrote. Raises Corrupt if it is not one."""
 
-    @rpc(dispatch="all")
+    @rpc(dispatch="all", role="admin")
     @abstractmethod
     async def drain(self, request: Empty) -> Empty:
         """Refuse new calls with Unavailable, finish those that are running, then return."""
@@ -130,9 +133,9 @@ def _describe(name: str, function: Any) -> Method:
     hints = get_type_hints(function)
     request, response = hints["request"], hints["return"]
     streaming = get_origin(response) is AsyncIterator
-    safe, dispatch = function.rpc
+    safe, dispatch, role = function.rpc
     if streaming:
         (response,) = get_args(response)
     elif not inspect.iscoroutinefunction(function):
         raise TypeError(f"{function.__qualname__} must be async or return an AsyncIterator")
-    return Method(name, request, response, streaming, safe, dispatch)
+    return Method(name, request, response, streaming, safe, dispatch, role)

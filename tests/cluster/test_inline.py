@@ -3,9 +3,9 @@ import pickle
 import pytest
 
 from actors.actor import start
-from cluster.handle import make_handle
 from cluster.inline import InlineTransport
 from protocols.errors import Unavailable
+from protocols.handle import make_handle
 from protocols.service import HealthRequest
 from tests.cluster.echo import Array, EchoActor, EchoService, Text
 

@@ -17,7 +17,6 @@ from actors.actor import Actor
 from cluster import ray_transport
 from cluster.cluster import Cluster
 from cluster.config import MethodConfig
-from cluster.handle import transport_of, with_deadline
 from cluster.replicas import Replicas
 from protocols.errors import (
     BadInput,
@@ -28,6 +27,7 @@ from protocols.errors import (
     Stale,
     Unavailable,
 )
+from protocols.handle import transport_of, with_deadline
 from protocols.placement import Resources
 from protocols.service import CheckpointRequest, Empty, HealthRequest, HealthResponse
 from tests.cluster.echo import Array, Count, EchoActor, EchoService, Text

@@ -4,9 +4,9 @@ from contextlib import aclosing
 
 import pytest
 
-from cluster.handle import make_handle
 from cluster.replicas import Replicas
 from protocols.errors import BadInput, RepertoryError, Unavailable
+from protocols.handle import make_handle
 from protocols.service import Empty, HealthRequest, HealthResponse, Message, Method
 from tests.cluster.echo import Count, EchoService, Text
 

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from actors.actor import start
-from cluster.handle import make_handle
 from cluster.inline import InlineTransport
 from cluster.run_directory import RunDirectory, read_manifest
 from cluster.steps import LoopState, Step, steps
 from protocols.errors import Corrupt, RepertoryError
+from protocols.handle import make_handle
 from protocols.service import Empty
 from tests.cluster.echo import EchoActor, EchoService, Text
 

@@ -22,7 +22,7 @@ PUBLIC = {
     "cluster/cluster.py": ["Cluster"],
     "cluster/config.py": None,
     "cluster/configure.py": ["configure", "run_name", "describe"],
-    "cluster/handle.py": ["make_handle", "with_deadline", "call_times", "transport_of"],
+    "protocols/handle.py": ["make_handle", "with_deadline", "call_times", "transport_of"],
     "cluster/pipeline.py": None,
     "cluster/seeds.py": None,
     "cluster/steps.py": ["LoopState", "Step"],

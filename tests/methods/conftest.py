@@ -16,10 +16,10 @@ from actors.actor import Actor, start
 from actors.questioner import QuestionerActor
 from actors.verifier import VerifierActor
 from cluster.cluster import Cluster as Company
-from cluster.handle import make_handle
 from cluster.inline import InlineTransport
 from methods.spell_config import Config
 from methods.spell_rounds import Cast, Fate, Round
+from protocols.handle import make_handle
 from protocols.messages import Completion, FinishReason, Prompt, SamplingParams
 from protocols.policy import (
     DetokenizeRequest,

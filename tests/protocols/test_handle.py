@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from cluster.handle import call_times, make_handle, transport_of, with_deadline
 from protocols.errors import BadInput, DeadlineExceeded, Unavailable
+from protocols.handle import call_times, make_handle, transport_of, with_deadline
 from protocols.policy import PolicyService, SampleRequest
 from protocols.questioner import QuestionerService
 from protocols.service import Empty, Message, Method, Service

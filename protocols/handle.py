@@ -64,7 +64,7 @@ def make_handle(service: type[S], transport: Transport, deadline_s: float = 3600
 def with_deadline(handle: S, deadline_s: float) -> S:
     """The same actor behind a handle that waits at most so many seconds for each call."""
     inner = cast(Handle, handle)
-    return cast(S, make_handle(_service_of(handle), inner.transport, deadline_s))
+    return cast(S, make_handle(service_of(handle), inner.transport, deadline_s))
 
 
 def call_times(handle: Service) -> CallTimes:
@@ -87,10 +87,11 @@ def _handle_class(service: type[Service]) -> type[Any]:
 
 
 def _reduce(handle: Any) -> tuple[Any, ...]:
-    return make_handle, (_service_of(handle), handle.transport, handle.deadline_s)
+    return make_handle, (service_of(handle), handle.transport, handle.deadline_s)
 
 
-def _service_of(handle: Any) -> type[Any]:
+def service_of(handle: Any) -> type[Any]:
+    """The service class that a handle was made for."""
     service: type[Any] = type(handle).__mro__[2]
     return service
 

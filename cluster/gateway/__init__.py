@@ -1,0 +1,1 @@
+"""The gateway: actors of this cluster for services outside of it."""

@@ -1,0 +1,80 @@
+"""Gateways that run on this machine: who they are, and how to stop one."""
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from protocols.errors import BadInput, DeadlineExceeded
+
+GATEWAY_FILE = "gateway.json"
+POLL = 0.1
+
+
+@dataclass(frozen=True)
+class Running:
+    """A run whose gateway answers."""
+
+    run: str
+    pid: int
+    address: str
+
+
+@contextlib.contextmanager
+def logged(file: Path) -> Iterator[None]:
+    """Write the gateway's log lines into a file as well."""
+    logger = logging.getLogger("repertory.gateway")
+    logger.setLevel(logging.INFO)
+    handler = logging.FileHandler(file, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.addHandler(handler)
+    # On the console they would tear the display of a run.
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.propagate = True
+        logger.removeHandler(handler)
+        handler.close()
+
+
+def running(runs_dir: Path) -> list[Running]:
+    """The runs in a folder whose gateway is up."""
+    found = []
+    for file in sorted(runs_dir.glob(f"*/{GATEWAY_FILE}")):
+        with contextlib.suppress(OSError, ValueError):
+            noted = json.loads(file.read_text("utf-8"))
+            one = Running(file.parent.name, int(noted["pid"]), str(noted["address"]))
+            if _alive(one.pid):
+                found.append(one)
+    return found
+
+
+def stop(runs_dir: Path, run: str, deadline_s: float) -> Running:
+    """Tell a run to end, and wait until it has. Raises BadInput when it is not up, DeadlineExceeded when it stays."""
+    up = {one.run: one for one in running(runs_dir)}
+    if run not in up:
+        known = ", ".join(up) or "none"
+        raise BadInput(f"stop: no run {run!r} with a gateway is up in {runs_dir}; up: {known}")
+    os.kill(up[run].pid, signal.SIGTERM)
+    until = time.monotonic() + deadline_s
+    while _alive(up[run].pid):
+        if time.monotonic() > until:
+            raise DeadlineExceeded(f"{run} (process {up[run].pid}) did not end within {deadline_s:g} s")
+        time.sleep(POLL)
+    return up[run]
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's, or no /proc on this system
+        return True

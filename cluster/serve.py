@@ -1,0 +1,45 @@
+"""Actors that serve until they are told to stop, behind a gateway."""
+
+import sys
+from typing import ClassVar
+
+from cluster.cluster import Cluster
+from cluster.config import MethodConfig
+from cluster.gateway.config import GatewayConfig
+from protocols.policy import PolicyConfig
+from protocols.questioner import QuestionerConfig
+from protocols.verifier import VerifierConfig
+
+
+class Config(MethodConfig):
+    """Which actors serve, and how the gateway listens."""
+
+    # Nothing is continued.
+    MAY_CHANGE: ClassVar[frozenset[str]] = frozenset({*MethodConfig.model_fields, "policy", "verifier", "questioner"})
+    SHORTCUTS: ClassVar[dict[str, str]] = {"model": "policy.model", "address": "gateway.address"}
+
+    run: str = "serve"
+    """Name of the folder under runs_dir that holds the log, and what callers save."""
+    policy: PolicyConfig = PolicyConfig(trainer=None)
+    """The policy; with a trainer it can be trained by callers."""
+    verifier: VerifierConfig | None = VerifierConfig()
+    """A verifier over the policy; null: none."""
+    questioner: QuestionerConfig | None = None
+    """A questioner over the policy; null: none."""
+    gateway: GatewayConfig = GatewayConfig()
+    """Where and how callers reach them."""
+
+
+def policies(config: Config) -> dict[str, PolicyConfig]:
+    """What the plan counts."""
+    return {"policy": config.policy}
+
+
+async def run(cluster: Cluster, config: Config) -> None:
+    """Start the actors and answer until the process is told to stop."""
+    policy = await cluster.policy(config.policy)
+    if config.verifier is not None:
+        await cluster.verifier(config.verifier, policy)
+    if config.questioner is not None:
+        await cluster.questioner(config.questioner, policy)
+    await cluster.serve_until_stopped(lambda address: print(f"serving at {address}; Ctrl-C stops", file=sys.stderr))
