@@ -84,7 +84,9 @@ class QuestionerActor(Actor, QuestionerService):
         return ProposeResponse(proposals=await self._check_answer_lengths(proposals))
 
     async def remember(self, request: RememberRequest) -> Empty:
-        """Add questions to the memory; the oldest of a cluster leave first."""
+        """Add questions to the memory; the oldest of a cluster leave first. Raises BadInput for one that is none."""
+        for proposal in request.proposals:
+            check_question(proposal)
         for proposal in request.proposals:
             documents = proposal.fresh if self._config.stores == "new" else proposal.evidence
             entry = HistoryEntry(question=proposal.question, answer=answer_in_words(proposal), documents=documents)
@@ -105,6 +107,12 @@ class QuestionerActor(Actor, QuestionerService):
         """
         rng = random.Random(f"{request.seed}/{uid}")
         remembered = self._memory.entries.get(_key(cluster.task, cluster.question_id), [])
+        highest = max((index for entry in remembered for index in entry.documents), default=0)
+        if highest >= len(cluster.paragraphs):
+            raise BadInput(
+                f"cluster {cluster.question_id!r}: has {len(cluster.paragraphs)} paragraphs, but a remembered one"
+                f" is about number {highest}"
+            )
         evidence, fresh = choose_documents(
             len(cluster.paragraphs), remembered, request.documents or self._config.documents, rng
         )
@@ -262,6 +270,17 @@ def shuffled_options(parsed: ParsedProposal, rng: random.Random) -> tuple[list[s
 def answer_words(parsed: ParsedProposal) -> str:
     """The answer itself; for multiple choice the text of the right option."""
     return parsed.options[LETTERS.index(parsed.answer)] if parsed.options else parsed.answer
+
+
+def check_question(proposal: Proposal) -> None:
+    """Raise BadInput unless the proposal can be asked."""
+    letters = LETTERS if proposal.task is Task.CHOICE else ()
+    if len(proposal.options) != len(letters):
+        raise BadInput(f"proposal {proposal.uid!r}: {proposal.task.value} takes {len(letters)} options")
+    if letters and proposal.answer not in letters:
+        raise BadInput(f"proposal {proposal.uid!r}: got answer {proposal.answer[:80]!r}, expected a letter of A to D")
+    if any(index < 0 for index in (*proposal.evidence, *proposal.fresh)):
+        raise BadInput(f"proposal {proposal.uid!r}: expected indices of documents from 0")
 
 
 def answer_in_words(proposal: Proposal) -> str:

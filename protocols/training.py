@@ -95,7 +95,7 @@ class ForwardBackwardResponse(Message):
 class OptimStepRequest(Message):
     """Applies the accumulated gradients."""
 
-    learning_rate: float | None = Field(default=None, ge=0.0)
+    learning_rate: float | None = Field(default=None, ge=0.0, le=1e6)
     """For this step only, instead of the schedule's."""
 
 

@@ -11,11 +11,16 @@ import torch
 
 from actors.policy.loading import Loaded
 from actors.policy.ranks import use_environment
-from actors.policy.torch_trainer import Sums, TorchTrainer, in_pieces, rate_share
+from actors.policy.torch_trainer import NOTHING, Sums, TorchTrainer, in_pieces, rate_share
 from actors.policy.weights import write_model
-from protocols.errors import BadInput, Corrupt
+from protocols.errors import BadInput, Corrupt, Stale
 from protocols.policy import TrainerConfig
-from protocols.training import ForwardBackwardRequest, OptimStepRequest, OptimStepResponse
+from protocols.training import (
+    ForwardBackwardRequest,
+    ForwardBackwardResponse,
+    OptimStepRequest,
+    OptimStepResponse,
+)
 from protocols.workers import Rank
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -42,6 +47,13 @@ class DeepSpeedTrainer(TorchTrainer):
         )
         self.model = self._engine
         self._make_moments()
+        self._accumulated = False
+
+    def forward_backward(self, request: ForwardBackwardRequest) -> ForwardBackwardResponse:
+        """As the torch trainer's."""
+        response = super().forward_backward(request)
+        self._accumulated = True
+        return response
 
     def _make_moments(self) -> None:
         """Take a step of length 0, so that the moments can be saved before the first update and loaded into."""
@@ -60,11 +72,14 @@ class DeepSpeedTrainer(TorchTrainer):
 
     def forget(self) -> None:
         """Drop the accumulated gradients."""
+        self._accumulated = False
         self._engine.optimizer.zero_grad()
         self._engine.zero_grad()
 
     def optim_step(self, request: OptimStepRequest) -> OptimStepResponse:
         """As the torch trainer's; the engine discards a step whose gradient is not finite."""
+        if not self._accumulated:
+            raise Stale(NOTHING)
         rate = self._config.learning_rate * rate_share(self._config, self.version)
         if request.learning_rate is not None:
             rate = request.learning_rate
@@ -80,6 +95,7 @@ class DeepSpeedTrainer(TorchTrainer):
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
         self._engine.step()
+        self._accumulated = False
 
     def buckets(self, limit: int) -> Iterator[dict[str, torch.Tensor]]:
         """The trained weights by name; of ZeRO-3 shards only one bucket is whole at a time."""

@@ -18,7 +18,7 @@ from actors.policy.loss_functions import TokenBatch, TokenLoss, token_loss
 from actors.policy.microbatch import pad_right
 from actors.policy.ranks import gathered, shares, sum_gradients
 from actors.policy.weights import read_weights, write_model
-from protocols.errors import BadInput, Corrupt
+from protocols.errors import BadInput, Corrupt, Stale
 from protocols.losses import GRPOLoss, LossSpec
 from protocols.policy import TrainerConfig
 from protocols.tensor import PerToken
@@ -34,6 +34,7 @@ from protocols.workers import Rank
 
 Array = NDArray[np.float32]
 ALONE = Rank()
+NOTHING = "optim_step: no gradient was accumulated since the last step; call forward_backward first"
 
 
 class TorchTrainer:
@@ -143,9 +144,12 @@ class TorchTrainer:
     def optim_step(self, request: OptimStepRequest) -> OptimStepResponse:
         """Clip, step, advance the schedule, clear the gradients.
 
-        Raises Corrupt, clears the gradients and leaves the weights alone, if the gradient is not finite.
+        Raises Stale when nothing was accumulated. Raises Corrupt, clears the gradients and leaves the weights alone,
+        if the gradient is not finite.
         """
         sum_gradients(self._parameters)
+        if all(parameter.grad is None for parameter in self._parameters):
+            raise Stale(NOTHING)
         norm = self._clipped()
         if not math.isfinite(norm):
             self.forget()

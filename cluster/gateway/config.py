@@ -33,11 +33,14 @@ class GatewayConfig(Message):
     max_message_mb: int = Field(default=64, ge=1, le=2047)
     """Longest request, in MB."""
     tokens_at_once: int = Field(default=1_000_000, ge=1)
-    """Estimated tokens of the requests that run at the same time; more wait. A larger request runs alone."""
+    """Estimated tokens of the requests that run at the same time; more wait. One that may draw more than that is
+    refused, one that is longer runs alone."""
     train_share: float = Field(default=0.25, ge=0, lt=1)
     """Share of `tokens_at_once` that is kept for calls that train."""
     queue: int = Field(default=1024, ge=0)
     """Requests that may wait; more are refused with RESOURCE_EXHAUSTED."""
+    stall_s: float = Field(default=60.0, gt=0)
+    """Seconds that a stream waits for a caller that does not read."""
     drain_s: float = Field(default=60.0, ge=0)
     """Seconds that calls under way have to finish when the gateway stops."""
     log_prompts: bool = False

@@ -8,20 +8,36 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 
 from cluster.gateway.auth import Caller
-from protocols.errors import Exhausted
+from protocols.errors import BadInput, Exhausted
 from protocols.policy import SampleRequest
+from protocols.questioner import ProposeRequest
 from protocols.service import Message
+from protocols.verifier import JudgeRequest
 
 BYTES_PER_TOKEN = 4
 """A request's prompts are counted by its length; an array of token ids has four bytes for each."""
 
 
-def estimated_tokens(request: Message, size: int) -> int:
-    """Tokens that a request may cost, at least 1: its `size` in bytes, and what may be sampled."""
-    sampled = 0
+def sampled_tokens(request: Message) -> int:
+    """Tokens that a request may make a policy draw."""
     if isinstance(request, SampleRequest):
-        sampled = len(request.prompts) * request.n * request.params.max_tokens
-    return max(1, size // BYTES_PER_TOKEN + sampled)
+        return len(request.prompts) * request.n * request.params.max_tokens
+    if isinstance(request, JudgeRequest):
+        return len(request.items) * request.votes * request.params.max_tokens
+    if isinstance(request, ProposeRequest):
+        return len(request.clusters) * request.params.max_tokens
+    return 0
+
+
+def estimated_tokens(request: Message, size: int, limit: int) -> int:
+    """Tokens that a request may cost, at least 1: its `size` in bytes, and what may be drawn.
+
+    Raises BadInput when more may be drawn than the `limit`: no waiting would make room for it.
+    """
+    drawn = sampled_tokens(request)
+    if drawn > limit:
+        raise BadInput(f"request: may draw {drawn} tokens, expected at most {limit}; ask for fewer, or shorter ones")
+    return max(1, size // BYTES_PER_TOKEN + drawn)
 
 
 @dataclass
@@ -65,7 +81,7 @@ class Allowances:
         mine.left -= 1.0
 
 
-@dataclass
+@dataclass(eq=False)
 class Waiting:
     """A call that waits for its turn."""
 
@@ -115,10 +131,11 @@ class Lane:
             raise
 
     def _forget(self, caller: str, mine: Waiting) -> None:
-        calls = self._waiting[caller]
-        calls.remove(mine)
-        if not calls:
-            del self._waiting[caller]
+        calls = self._waiting.get(caller, deque())
+        if mine in calls:  # else its turn came when it had left already
+            calls.remove(mine)
+            if not calls:
+                del self._waiting[caller]
         self._let_in()
 
     def _leave(self, cost: int) -> None:
@@ -129,11 +146,15 @@ class Lane:
         """Strictly in turn: a large call is not passed by small ones for ever."""
         while self._waiting:
             caller, calls = next(iter(self._waiting.items()))
-            if self.used + calls[0].cost > self.capacity:
+            left = calls[0].turn.cancelled()
+            if not left and self.used + calls[0].cost > self.capacity:
                 return
             first = calls.popleft()
+            if left and calls:
+                continue
             del self._waiting[caller]
             if calls:
                 self._waiting[caller] = calls
-            self.used += first.cost
-            first.turn.set_result(None)
+            if not left:
+                self.used += first.cost
+                first.turn.set_result(None)

@@ -26,7 +26,7 @@ from cluster.gateway.metrics import Metrics
 from protocols.client import ACTOR
 from protocols.codegen import services
 from protocols.descriptors import PACKAGE, pool
-from protocols.errors import BadInput, Exhausted, RepertoryError, Unavailable, classify
+from protocols.errors import BadInput, DeadlineExceeded, Exhausted, RepertoryError, Unavailable, classify
 from protocols.handle import service_of
 from protocols.proto_schema import camel
 from protocols.service import CheckpointRequest, Message, Method, Service
@@ -34,6 +34,7 @@ from protocols.wire import from_bytes, to_bytes
 
 logger = logging.getLogger("repertory.gateway")
 REQUEST_ID = "x-request-id"
+PATH = re.compile(r"[A-Za-z0-9._/-]{1,200}")
 LAST_WORDS = 1.0
 """Seconds for answers that are on their way to callers when the server stops."""
 
@@ -74,7 +75,9 @@ class Gateway:
     async def start(self) -> None:
         """Listen. Raises BadInput when the address is taken or the certificate cannot be read."""
         size = self._config.max_message_mb << 20
-        options = [("grpc.max_receive_message_length", size), ("grpc.max_send_message_length", -1)]
+        # A caller whose machine is gone holds room until it is noticed.
+        alive = [("grpc.keepalive_time_ms", 30_000), ("grpc.keepalive_timeout_ms", 20_000)]
+        options = [*alive, ("grpc.max_receive_message_length", size), ("grpc.max_send_message_length", -1)]
         # Two gateways on one port would share its callers by chance.
         self._server = grpc.aio.server(options=[*options, ("grpc.so_reuseport", 0)])
         for service in services():
@@ -145,7 +148,7 @@ class Gateway:
         return answer
 
     def _streaming(self, service: type[Service], method: Method) -> Callable[[bytes, Any], Any]:
-        async def answer(data: bytes, context: Any) -> AsyncIterator[bytes]:
+        async def answer(data: bytes, context: Any) -> None:
             with self._watched(service, method, context) as call:
                 try:
                     async with (
@@ -153,12 +156,20 @@ class Gateway:
                         aclosing(getattr(handle, method.name)(request)) as items,
                     ):
                         async for item in items:
-                            yield to_bytes(item)
+                            await self._written(to_bytes(item), context)
                 # As above.
                 except Exception as error:  # noqa: BLE001
                     await self._refuse(call, context, error)
 
         return answer
+
+    async def _written(self, data: bytes, context: Any) -> None:
+        """Send one item. Raises DeadlineExceeded when the caller does not read: it would hold its room for ever."""
+        try:
+            async with asyncio.timeout(self._config.stall_s):
+                await context.write(data)
+        except TimeoutError:
+            raise DeadlineExceeded(f"the caller has read nothing for {self._config.stall_s:g} s") from None
 
     @asynccontextmanager
     async def _admitted(
@@ -179,8 +190,9 @@ class Gateway:
             if isinstance(request, CheckpointRequest):
                 request = confined(request, self._checkpoints)
             lane = self.lanes["train" if method.role == "train" else "infer"]
+            cost = estimated_tokens(request, len(data), lane.capacity)
             with self._counted():
-                async with lane.entered(caller.name, estimated_tokens(request, len(data))):
+                async with lane.entered(caller.name, cost):
                     yield handle, request
 
     @contextmanager
@@ -241,9 +253,12 @@ def name_of(service: type[Service]) -> str:
 
 def confined(request: CheckpointRequest, folder: Path) -> CheckpointRequest:
     """The request with its path inside of the folder. Raises BadInput for one that leads out of it."""
+    if not PATH.fullmatch(request.path):
+        raise BadInput(
+            f"path: got {request.path[:80]!r}, expected a relative path of letters,"
+            " digits and . _ - /, inside of the checkpoints of this gateway"
+        )
     root = folder.resolve()
-    if "\0" in request.path or not request.path:
-        raise BadInput("path: expected a path relative to the checkpoints of this gateway")
     path = (root / request.path).resolve()
     if path == root or not path.is_relative_to(root):
         raise BadInput(f"path: got {request.path!r}, which leads out of the checkpoints of this gateway")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from cluster.cluster import Cluster
 from cluster.config import MethodConfig
 from cluster.inline import InlineTransport
-from protocols.errors import BadInput, Corrupt
+from protocols.errors import BadInput, Corrupt, Stale
 from protocols.losses import GRPOLoss, SFTLoss
 from protocols.messages import Prompt, SamplingParams
 from protocols.policy import PolicyConfig, PolicyService, SampleRequest, SampleResponse, ScoreRequest
@@ -257,6 +257,18 @@ async def test_bad_rows_are_refused_with_the_same_words(two: tuple[PolicyService
     for policy in two:
         with pytest.raises(BadInput, match=r"row 'r7': got token ids 5 to 1000000, expected 0 to \d+"):
             await policy.forward_backward(ForwardBackwardRequest(rows=[row], losses={"a": SFTLoss()}))
+
+
+@pytest.mark.parametrize("engine", ["torch", pytest.param("deepspeed", marks=pytest.mark.slow)])
+async def test_a_step_without_a_gradient_is_refused(
+    engine: str, cluster: Cluster, model_dirs: dict[str, Path]
+) -> None:
+    policy = await cluster.policy(a_policy(model_dirs["qwen2"], trainer=SHARED | {"engine": engine}))
+    for done in range(2):
+        with pytest.raises(Stale, match="optim_step: no gradient was accumulated"):
+            await policy.optim_step(OptimStepRequest())
+        await update(policy)
+        assert (await policy.publish(Empty())).version == done + 1
 
 
 async def test_several_ranks_need_processes(cluster: Cluster, model_dirs: dict[str, Path]) -> None:

@@ -103,6 +103,10 @@ def a_request(seed: int = 1, **params: Any) -> SampleRequest:
     return SampleRequest(prompts=[Prompt(text="x", seed=seed)], params=SamplingParams.model_validate(params))
 
 
+async def collected(stream: Any) -> list[bytes]:
+    return [item async for item in stream]
+
+
 @asynccontextmanager
 async def raw(gateway: Gateway) -> AsyncIterator[Callable[..., Any]]:
     """Send bytes to a method; the call is returned, to be awaited."""
@@ -110,6 +114,9 @@ async def raw(gateway: Gateway) -> AsyncIterator[Callable[..., Any]]:
 
         def send(path: str, data: bytes = b"", metadata: Any = (), **options: Any) -> Any:
             service, _, method = path.partition("/")
-            return channel.unary_unary(f"/repertory.v1.{service}/{method}")(data, metadata=metadata, **options)
+            full = f"/repertory.v1.{service}/{method}"
+            if method == "Stream":
+                return collected(channel.unary_stream(full)(data, metadata=metadata, **options))
+            return channel.unary_unary(full)(data, metadata=metadata, **options)
 
         yield send

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from cluster.gateway.auth import Caller, hash_of
 from cluster.gateway.limits import Allowances, Lane, estimated_tokens
 from protocols.client import Credentials, connect
-from protocols.errors import Exhausted
+from protocols.errors import BadInput, Exhausted
 from protocols.messages import Prompt, SamplingParams
 from protocols.policy import PolicyService, SampleRequest
 from protocols.service import CheckpointRequest, Empty
@@ -29,8 +29,10 @@ async def settled() -> None:
 
 def test_what_a_request_may_cost() -> None:
     request = SampleRequest(prompts=[Prompt(text="a"), Prompt(text="b")], n=3, params=SamplingParams(max_tokens=10))
-    assert estimated_tokens(request, 40) == 10 + 2 * 3 * 10
-    assert estimated_tokens(Empty(), 0) == 1
+    assert estimated_tokens(request, 40, 60) == 10 + 2 * 3 * 10
+    assert estimated_tokens(Empty(), 0, 1) == 1
+    with pytest.raises(BadInput, match="request: may draw 60 tokens, expected at most 59"):
+        estimated_tokens(request, 40, 59)
 
 
 def test_a_rate_allows_bursts_of_a_second() -> None:
@@ -135,6 +137,22 @@ async def test_who_leaves_while_waiting_blocks_nobody() -> None:
         entered.leave[name].set()
     await asyncio.gather(*tasks, return_exceptions=True)
     assert entered.lane.used == 0
+
+
+async def test_a_turn_that_comes_when_its_call_has_just_left_goes_to_the_next() -> None:
+    entered = Entered(Lane(10, 9))
+    tasks = [entered.call(name, 10) for name in ("a1", "b1", "b2", "c1")]
+    await settled()
+    tasks[1].cancel()
+    entered.leave["a1"].set()  # before the cancelled task has run
+    await settled()
+    assert entered.order in (["a1", "c1"], ["a1", "b2"])
+    for name in ("b2", "c1"):
+        entered.leave[name].set()
+        await settled()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert sorted(entered.order) == ["a1", "b2", "c1"]
+    assert (entered.lane.used, entered.lane.waiting) == (0, 0)
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 15), st.sampled_from(["enter", "leave", "cancel"]))))
