@@ -1,7 +1,7 @@
 """Conversations, prompts, sampling parameters and completions."""
 
 from enum import StrEnum
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -61,13 +61,13 @@ class SamplingParams(Message):
 
     max_tokens: int = Field(default=256, ge=1)
     """Longest completion, in tokens."""
-    temperature: float = Field(default=1.0, ge=0.0)
+    temperature: float = Field(default=1.0, ge=0.0, le=1e6)
     """Logits are divided by it; 0 takes the most likely token."""
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     """Keep the smallest set of most likely tokens whose probability reaches this."""
     top_k: int = Field(default=0, ge=0)
     """Keep this many most likely tokens; 0 keeps all."""
-    stop: list[str] = []
+    stop: list[Annotated[str, Field(min_length=1, max_length=256)]] = Field(default=[], max_length=64)
     """The completion ends before the first of these texts; the token that completed it is kept."""
     stop_token_ids: list[int] = []
     """The completion ends with the first of these tokens, beside the model's own end tokens."""

@@ -247,7 +247,7 @@ class ScoreRequest(Message):
 
     sequences: list[TokenIds] = Field(min_length=1)
     """Token ids, int32[T] each, at least one token."""
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0, le=1e6)
     """Logits are divided by it."""
 
 

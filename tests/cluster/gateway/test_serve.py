@@ -1,0 +1,107 @@
+"""launch.py serve, status and stop, as an operator uses them."""
+
+import asyncio
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import launch
+from protocols.client import connect
+from protocols.messages import Prompt, SamplingParams
+from protocols.policy import PolicyService, SampleRequest
+
+ROOT = Path(launch.__file__).parent
+pytestmark = pytest.mark.slow
+
+
+@dataclass
+class Served:
+    """A process that serves, and where."""
+
+    process: "subprocess.Popen[str]"
+    address: str
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[Served]:
+    command = [sys.executable, ROOT / "launch.py", "serve", "address=127.0.0.1:0", "policy.threads=1"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        line = process.stderr.readline()
+        found = re.fullmatch(r"serving at (grpc://127\.0\.0\.1:\d+); Ctrl-C stops\n", line)
+        assert found, line + process.stderr.read()
+        yield Served(process, found[1])
+        process.kill()
+
+
+def launched(folder: Path, *words: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run([sys.executable, ROOT / "launch.py", *words], cwd=folder, capture_output=True, text=True)
+
+
+async def test_status_and_stop_finish_what_is_under_way(served: Served, tmp_path: Path) -> None:
+    shown = launched(tmp_path, "status").stdout
+    assert shown.split() == ["serve", served.address, "process", str(served.process.pid)]
+    policy = connect(served.address, PolicyService, tries=1)
+    request = SampleRequest(prompts=[Prompt(text="The text says", seed=1)], params=SamplingParams(max_tokens=900))
+    stream = policy.stream(request)
+    tokens = (await anext(stream)).tokens.tolist()
+    stopping = asyncio.ensure_future(asyncio.to_thread(launched, tmp_path, "stop", "serve"))
+    async for delta in stream:
+        tokens += delta.tokens.tolist()
+        finish = delta.finish_reason
+    assert finish is not None
+    stopped = await stopping
+    assert (stopped.returncode, stopped.stdout) == (0, "serve has ended\n")
+    assert served.process.wait() == 0
+    assert not (tmp_path / "runs" / "serve" / "gateway.json").exists()
+    log = (tmp_path / "runs" / "serve" / "gateway.log").read_text()
+    assert "caller=anyone method=PolicyService.stream code=OK" in log
+    assert launched(tmp_path, "status").stdout == ""
+
+
+async def test_ctrl_c_and_again(served: Served, tmp_path: Path) -> None:
+    served.process.send_signal(signal.SIGINT)
+    assert served.process.wait() == 0
+    assert served.process.stderr is not None
+    assert served.process.stderr.read() == "stopped\n"
+    other = launched(tmp_path, "stop", "serve")
+    assert other.returncode == launch.BAD_INPUT
+    assert other.stderr == "error: stop: no run 'serve' with a gateway is up in runs; up: none\n"
+
+
+def test_a_gateway_that_was_killed_is_not_up(served: Served, tmp_path: Path) -> None:
+    os.kill(served.process.pid, signal.SIGKILL)
+    served.process.wait()
+    assert (tmp_path / "runs" / "serve" / "gateway.json").exists()
+    assert launched(tmp_path, "status").stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["adress=127.0.0.1:1"], "adress: unknown key"),
+        (["address=0.0.0.0:1"], "0.0.0.0 is reached from other machines; set tls"),
+        (["gateway.tokens=nowhere.yaml"], "tokens: cannot read nowhere.yaml"),
+        (["model=nowhere/at/all"], "model: 'nowhere/at/all' does not exist"),
+    ],
+)
+def test_what_cannot_be_served_is_said_and_leaves_nothing(words: list[str], message: str, tmp_path: Path) -> None:
+    done = launched(tmp_path, "serve", "address=127.0.0.1:0", *words)
+    assert done.returncode == launch.BAD_INPUT
+    assert done.stderr.startswith("error: ") and message in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_address_that_is_taken(served: Served, tmp_path: Path) -> None:
+    address = served.address.removeprefix("grpc://")
+    done = launched(tmp_path, "serve", f"address={address}", "run=second")
+    assert done.returncode == launch.BAD_INPUT
+    assert f"gateway.address: cannot listen at {address}" in done.stderr
+    assert not (tmp_path / "runs" / "second").exists()
