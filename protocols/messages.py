@@ -1,9 +1,9 @@
 """Conversations, prompts, sampling parameters and completions."""
 
 from enum import StrEnum
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from protocols.service import Message
 from protocols.tensor import PerToken, TokenIds, Versions
@@ -67,12 +67,20 @@ class SamplingParams(Message):
     """Keep the smallest set of most likely tokens whose probability reaches this."""
     top_k: int = Field(default=0, ge=0)
     """Keep this many most likely tokens; 0 keeps all."""
-    stop: list[Annotated[str, Field(min_length=1, max_length=256)]] = Field(default=[], max_length=64)
+    stop: list[str] = Field(default=[], max_length=64)
     """The completion ends before the first of these texts; the token that completed it is kept."""
     stop_token_ids: list[int] = []
     """The completion ends with the first of these tokens, beside the model's own end tokens."""
     structure: Structure | None = None
     """Draw only tokens that keep to a form; log-probs are then among these tokens. Needs sampler.engine=vllm."""
+
+    @field_validator("stop")
+    @classmethod
+    def _of_a_length(cls, stop: list[str]) -> list[str]:
+        # Each token is compared with every beginning of each.
+        if not all(1 <= len(text) <= 256 for text in stop):
+            raise ValueError("expected texts of 1 to 256 characters")
+        return stop
 
 
 class FinishReason(StrEnum):
