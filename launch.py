@@ -70,14 +70,14 @@ def _dispatch(words: list[str]) -> int:
         return _gateways(command, words[1:])
     if command == "token":
         return _token(words[1:])
-    if command == "serve":
-        return _method(command, words[1:], path="cluster.serve")
     only_plan = command == "plan"
     if only_plan:
         if len(words) < 2:
             raise BadInput("plan: expected a method and its keys")
         words = words[1:]
         command = words[0]
+    if command == "serve":
+        return _method(command, words[1:], only_plan=only_plan, path="cluster.serve")
     if command not in method_summaries():
         return _unknown(command)
     return _method(command, words[1:], only_plan=only_plan)

@@ -2,6 +2,7 @@
 
 import random
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -304,6 +305,6 @@ def _check_request(request: ProposeRequest) -> None:
     if len(request.uids) != len(request.clusters):
         raise BadInput(f"uids: expected {len(request.clusters)}, one per cluster, got {len(request.uids)}")
     names = [_key(cluster.task, cluster.question_id) for cluster in request.clusters]
-    repeated = next((name for i, name in enumerate(names) if name in names[:i]), None)
+    repeated = next((name for name, times in Counter(names).items() if times > 1), None)
     if repeated:
         raise BadInput(f"clusters: {repeated} occurs twice in one call")

@@ -4,6 +4,7 @@ import asyncio
 import functools
 import json
 import os
+import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
@@ -80,7 +81,7 @@ class Cluster:
         """Open the gateway; it finds actors as they start."""
         from cluster.gateway.server import Gateway
 
-        self._gateway = Gateway(config, self._handles, self.directory.path / "remote")
+        self._gateway = Gateway(config, self._handles)
         try:
             await self._gateway.start()
         except BaseException:
@@ -95,6 +96,10 @@ class Cluster:
         """A policy. One with a trainer is part of every commit; a frozen one has nothing to commit."""
         if config.trainer is not None and config.resources.replicas > 1:
             raise BadInput(f"{name}.resources.replicas: a policy that trains has one replica (see sampler.replicas)")
+        if config.split and config.sampler.sleep and self.config.gateway is not None:
+            raise BadInput(
+                f"{name}.sampler.sleep: callers of the gateway would wake a sampler whose GPU the trainer has"
+            )
         if config.split:
             return await self._split_policy(config, name)
 
@@ -297,8 +302,10 @@ class Cluster:
         """Leave in the run's folder where the gateway is while it is up, and its log."""
         if self._gateway is None:
             return
+        self._gateway.checkpoints = self.directory.path / "remote"
         file = self.directory.path / GATEWAY_FILE
-        write_atomically(file, json.dumps({"pid": os.getpid(), "address": self._gateway.address}))
+        noted = {"pid": os.getpid(), "host": socket.gethostname(), "address": self._gateway.address}
+        write_atomically(file, json.dumps(noted))
         self._open.callback(file.unlink, missing_ok=True)
         self._open.enter_context(logged(self.directory.path / "gateway.log"))
 

@@ -188,6 +188,18 @@ def read_manifest(checkpoint: Path) -> Manifest:
     return manifest
 
 
+def held(folder: Path) -> bool:
+    """Whether some process holds the run in a folder."""
+    try:
+        with open(folder / ".lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        return False
+    return False
+
+
 def check_same_config(file: Path, config: Mapping[str, Any], may_change: Iterable[str]) -> None:
     """Raise BadInput that names the first key in which the configuration differs from the saved one."""
     free = tuple(f"{name}." for name in may_change)

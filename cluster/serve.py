@@ -3,6 +3,8 @@
 import sys
 from typing import ClassVar
 
+from pydantic import Field
+
 from cluster.cluster import Cluster
 from cluster.config import MethodConfig
 from cluster.gateway.config import GatewayConfig
@@ -18,7 +20,7 @@ class Config(MethodConfig):
     MAY_CHANGE: ClassVar[frozenset[str]] = frozenset({*MethodConfig.model_fields, "policy", "verifier", "questioner"})
     SHORTCUTS: ClassVar[dict[str, str]] = {"model": "policy.model", "address": "gateway.address"}
 
-    run: str = "serve"
+    run: str = Field(default="serve", pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")
     """Name of the folder under runs_dir that holds the log, and what callers save."""
     policy: PolicyConfig = PolicyConfig(trainer=None)
     """The policy; with a trainer it can be trained by callers."""

@@ -103,7 +103,9 @@ class GrpcTransport:
                 return from_bytes(method.response, await invoke(data, metadata=self._metadata()))
             except grpc.aio.AioRpcError as error:
                 failure = error_of(error)
-                if not left or not isinstance(failure, Unavailable | Exhausted):
+                # Without a time to come again it is a message that is too large, now and later.
+                hopeless = isinstance(failure, Exhausted) and not failure.retry_after_s
+                if not left or hopeless or not isinstance(failure, Unavailable | Exhausted):
                     raise failure from error
                 await asyncio.sleep(_wait(failure, self.tries - 1 - left))
         raise AssertionError
@@ -168,7 +170,7 @@ def error_of(error: grpc.aio.AioRpcError) -> RepertoryError:
     if code == "INVALID_ARGUMENT":
         return BadInput(text, violations)
     if code == "RESOURCE_EXHAUSTED":
-        return Exhausted(text, retry_after_s or 1.0)
+        return Exhausted(text, retry_after_s)
     if code == "CANCELLED":  # by the gateway: who cancels a call here does not get to see it
         return Unavailable(f"the gateway has cut the call off: {text}")
     if code == "UNIMPLEMENTED":
@@ -218,7 +220,15 @@ class Blocking:
 
     def _result(self, work: Any) -> Any:
         future: Future[Any] = asyncio.run_coroutine_threadsafe(work, self._loop)
-        return future.result()
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()  # Ctrl-C ends the call in the actor too
+            raise
+
+    def close(self) -> None:
+        """End the thread that makes the calls."""
+        self._loop.call_soon_threadsafe(self._loop.stop)
 
 
 async def _next(stream: AsyncIterator[Message]) -> Message | None:

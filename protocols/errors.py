@@ -5,6 +5,9 @@ from typing import ClassVar
 
 import pydantic
 
+SHOWN = 10
+"""Wrong fields that an error names; of more it says how many."""
+
 
 class RepertoryError(Exception):
     """Base of every error that an actor, a handle or a script raises on purpose.
@@ -93,13 +96,17 @@ def classify(error: BaseException) -> RepertoryError:
 
 def describe_validation_error(error: pydantic.ValidationError) -> str:
     """One line per wrong field: its path, the value that was given, and what was expected."""
-    return "; ".join(_describe_one(dict(item)) for item in error.errors(include_url=False))
+    shown = [_describe_one(item) for item in _first(error)]
+    return "; ".join(shown + ([f"and {left} more"] if (left := error.error_count() - len(shown)) else []))
 
 
 def wrong_fields(error: pydantic.ValidationError) -> list[tuple[str, str]]:
     """Path of each wrong field, and what is wrong with it."""
-    items = [dict(item) for item in error.errors(include_url=False)]
-    return [(_path(item), _describe_one(item)) for item in items]
+    return [(_path(item), _describe_one(item)) for item in _first(error)]
+
+
+def _first(error: pydantic.ValidationError) -> list[dict[str, object]]:
+    return [dict(item) for item in error.errors(include_url=False)[:SHOWN]]
 
 
 def _path(item: dict[str, object]) -> str:

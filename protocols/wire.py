@@ -17,6 +17,8 @@ from protocols.service import Message
 from protocols.tensor import Tensor
 
 M = TypeVar("M", bound=Message)
+MOST_ENTRIES = 65536
+"""Of one list or map: bytes that are cheap to send must not cost minutes to check."""
 ABSENT: Any = object()
 """Left out of what pydantic is given, so that a default applies, or that a field is missing."""
 
@@ -107,6 +109,8 @@ class Field:
 
     def read(self, proto: Any, name: str) -> Any:
         """What pydantic is given for the field."""
+        if self.shape != "one" and len(getattr(proto, name)) > MOST_ENTRIES:
+            raise BadInput(f"{name}: got {len(getattr(proto, name))} entries, expected at most {MOST_ENTRIES}")
         if self.shape == "list":
             found = [self.kind.read(item) for item in getattr(proto, name)]
             return [None if item is ABSENT else item for item in found]

@@ -1,10 +1,10 @@
 """A policy whose samplers and trainer live apart: it hands calls on, and publishes weights from one to the other."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import cast
+from typing import TypeVar, cast
 
 import numpy as np
 
@@ -43,6 +43,8 @@ TOLERANCES = {"float32": 1e-3, "bfloat16": 0.05}
 PROBE_LENGTH = 64
 """Tokens of a probe at least, where there are such rows: an engine caches beginnings in blocks."""
 
+Result = TypeVar("Result")
+
 
 @dataclass(frozen=True)
 class Answers:
@@ -80,6 +82,7 @@ class SplitPolicyActor(Actor, PolicyService):
         self._sleeps = config.sampler.sleep
         self._asleep = False
         self._turn = asyncio.Lock()
+        self._trains = asyncio.Lock()
 
     async def setup(self) -> None:
         """Bring trainer and samplers together in a group, if weights are to be broadcast."""
@@ -129,13 +132,23 @@ class SplitPolicyActor(Actor, PolicyService):
         """Add the gradient of the batch loss, each rank that of its share."""
         if self._sleeps:
             await self._sleep()
-        response = await self._trainer.forward_backward(request)
+        response = await self._alone(lambda: self._trainer.forward_backward(request))
         self._probes = probes_of([row.tokens for row in request.rows])
         return response
 
+    async def _alone(self, work: Callable[[], Awaitable[Result]]) -> Result:
+        """One call to the ranks after the other, each to its end: they must all make the same calls in one order.
+
+        A caller that leaves meanwhile does not end it, for one rank might have begun and another not.
+        """
+        await self._trains.acquire()
+        task = asyncio.ensure_future(work())
+        task.add_done_callback(lambda _: self._trains.release())
+        return await asyncio.shield(task)
+
     async def optim_step(self, request: OptimStepRequest) -> OptimStepResponse:
         """Apply the accumulated gradients; samplers keep the weights that were published last."""
-        return await self._trainer.optim_step(request)
+        return await self._alone(lambda: self._trainer.optim_step(request))
 
     async def publish(self, request: Empty) -> PublishResponse:
         """Bring the trainer's weights to every sampler, then compare log-probs of a few sequences.
@@ -143,7 +156,10 @@ class SplitPolicyActor(Actor, PolicyService):
         Raises Corrupt when a sampler differs from the trainer by more than `sampler.publish_tolerance`.
         """
         await self._wake()
-        pushed = await self._trainer.push(request)
+        return await self._alone(self._publish)
+
+    async def _publish(self) -> PublishResponse:
+        pushed = await self._trainer.push(Empty())
         self._version = pushed.version
         return PublishResponse(version=pushed.version, gap=await self._gap(), bytes=pushed.bytes)
 
@@ -205,12 +221,15 @@ class SplitPolicyActor(Actor, PolicyService):
 
     async def save(self, request: CheckpointRequest) -> CheckpointResponse:
         """Let the trainer write model and training state."""
-        return await self._trainer.save(request)
+        return await self._alone(lambda: self._trainer.save(request))
 
     async def load(self, request: CheckpointRequest) -> CheckpointResponse:
         """Take back what `save` wrote, and publish it."""
-        response = await self._trainer.load(request)
         await self._wake()
+        return await self._alone(lambda: self._load(request))
+
+    async def _load(self, request: CheckpointRequest) -> CheckpointResponse:
+        response = await self._trainer.load(request)
         self._version = (await self._trainer.push(Empty())).version
         return response
 

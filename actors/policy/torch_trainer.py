@@ -147,9 +147,10 @@ class TorchTrainer:
         Raises Stale when nothing was accumulated. Raises Corrupt, clears the gradients and leaves the weights alone,
         if the gradient is not finite.
         """
-        sum_gradients(self._parameters)
-        if all(parameter.grad is None for parameter in self._parameters):
+        # A rank may have had no rows.
+        if not any(gathered(any(parameter.grad is not None for parameter in self._parameters))):
             raise Stale(NOTHING)
+        sum_gradients(self._parameters)
         norm = self._clipped()
         if not math.isfinite(norm):
             self.forget()

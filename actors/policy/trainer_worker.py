@@ -159,10 +159,12 @@ class TrainerActor(Actor, TrainerService):
     async def _with_samplers(self, bucket: WeightBucket, group: WeightGroup, piece: dict[str, torch.Tensor]) -> None:
         calls = (self._sampler.receive(bucket), self._run(lambda: group.send(piece.values())))
         tasks = [asyncio.ensure_future(call) for call in calls]
-        # When one fails the other may wait for it in vain.
-        done, waiting = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-        for task in waiting:
-            task.cancel()
+        try:
+            # When one fails the other may wait for it in vain.
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        finally:
+            for task in tasks:
+                task.cancel()
         for task in done:
             task.result()
 

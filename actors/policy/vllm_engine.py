@@ -267,6 +267,8 @@ def engine_arguments(config: PolicyConfig, outline: Loaded) -> dict[str, Any]:
         "max_model_len": outline.context_length + 1,
         "max_num_seqs": sampler.max_batch_rows,
         "tensor_parallel_size": sampler.tensor_parallel,
+        # In a placement group it would take the trainers' bundles for its own workers.
+        "distributed_executor_backend": "mp" if sampler.tensor_parallel > 1 else None,
         # A share of a GPU shares its memory too; a tenth is for what torch itself takes.
         "gpu_memory_utilization": 0.9 * min(config.resources.gpus or 1.0, 1.0),
         "kv_cache_memory_bytes": int(cache_gib * (1 << 30)) or None,

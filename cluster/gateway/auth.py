@@ -44,7 +44,8 @@ class Callers:
         self._changed: tuple[int, int] | None = None
         self._known: list[Caller] = []
         if self._file:
-            self._known, self._changed = read(self._file), self._stamp()
+            self._changed = self._stamp()
+            self._known = read(self._file)
 
     def of(self, authorization: str) -> Caller:
         """The caller with this `authorization` header. Raises Unauthenticated."""
@@ -67,12 +68,15 @@ class Callers:
         stamp = self._stamp()
         if stamp == self._changed:
             return
+        self._changed = stamp
         try:
-            self._known, self._changed = read(file), stamp
+            found = read(file)
+            if self._known and not found:
+                raise BadInput(f"tokens: {file} names nobody")
+            self._known = found
             logger.info("read %d callers from %s", len(self._known), file)
         except BadInput as error:
-            # Half-written files must lock nobody out.
-            self._changed = stamp
+            # A file that is being written must lock nobody out.
             logger.error("kept the callers that were known: %s", error)
 
     def _stamp(self) -> tuple[int, int] | None:

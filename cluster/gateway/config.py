@@ -25,20 +25,21 @@ class GatewayConfig(Message):
     address: str = "127.0.0.1:50051"
     """HOST:PORT to listen at; port 0 takes a free one."""
     tls: TLSConfig | None = None
-    """Certificate; null: no encryption, on loopback alone."""
+    """Certificate; null: no encryption, on loopback alone unless `plaintext_beyond_loopback`."""
     plaintext_beyond_loopback: bool = False
     """Listen without TLS where other machines reach it, for a network that is encrypted by other means."""
     tokens: str = ""
-    """File of the callers' tokens (`launch.py token`); empty: every caller may do everything, on loopback alone."""
+    """File of the callers' tokens (`launch.py token`); empty: every caller may do everything, on loopback, or with a
+    certificate of `tls.client_ca`."""
     max_message_mb: int = Field(default=64, ge=1, le=2047)
     """Longest request, in MB."""
     tokens_at_once: int = Field(default=1_000_000, ge=1)
-    """Estimated tokens of the requests that run at the same time; more wait. One that may draw more than that is
+    """Estimated tokens of the requests that run at the same time; more wait. One that may draw more than its share is
     refused, one that is longer runs alone."""
     train_share: float = Field(default=0.25, ge=0, lt=1)
     """Share of `tokens_at_once` that is kept for calls that train."""
     queue: int = Field(default=1024, ge=0)
-    """Requests that may wait; more are refused with RESOURCE_EXHAUSTED."""
+    """Requests that may wait, half of them of one caller; more are refused with RESOURCE_EXHAUSTED."""
     stall_s: float = Field(default=60.0, gt=0)
     """Seconds that a stream waits for a caller that does not read."""
     drain_s: float = Field(default=60.0, ge=0)

@@ -119,6 +119,9 @@ class Lane:
             return
         if self.waiting >= self.queue:
             raise Exhausted(f"{self.waiting} calls wait already", retry_after_s=1.0)
+        own = len(self._waiting.get(caller, ()))
+        if own >= max(1, self.queue // 2):
+            raise Exhausted(f"{caller} has {own} calls that wait already", retry_after_s=1.0)
         mine = Waiting(cost)
         self._waiting.setdefault(caller, deque()).append(mine)
         try:

@@ -5,11 +5,13 @@ import json
 import logging
 import os
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster.run_directory import held
 from protocols.errors import BadInput, DeadlineExceeded
 
 GATEWAY_FILE = "gateway.json"
@@ -50,7 +52,8 @@ def running(runs_dir: Path) -> list[Running]:
         with contextlib.suppress(OSError, ValueError):
             noted = json.loads(file.read_text("utf-8"))
             one = Running(file.parent.name, int(noted["pid"]), str(noted["address"]))
-            if _alive(one.pid):
+            # Not by the process alone: its number may be another's by now.
+            if noted["host"] == socket.gethostname() and held(file.parent):
                 found.append(one)
     return found
 
@@ -61,20 +64,13 @@ def stop(runs_dir: Path, run: str, deadline_s: float) -> Running:
     if run not in up:
         known = ", ".join(up) or "none"
         raise BadInput(f"stop: no run {run!r} with a gateway is up in {runs_dir}; up: {known}")
-    os.kill(up[run].pid, signal.SIGTERM)
+    try:
+        os.kill(up[run].pid, signal.SIGTERM)
+    except PermissionError:
+        raise BadInput(f"stop: {run} (process {up[run].pid}) belongs to another user") from None
     until = time.monotonic() + deadline_s
-    while _alive(up[run].pid):
+    while held(runs_dir / run):
         if time.monotonic() > until:
             raise DeadlineExceeded(f"{run} (process {up[run].pid}) did not end within {deadline_s:g} s")
         time.sleep(POLL)
     return up[run]
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except ProcessLookupError:
-        return False
-    except OSError:  # another user's, or no /proc on this system
-        return True

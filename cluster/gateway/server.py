@@ -26,8 +26,8 @@ from cluster.gateway.metrics import Metrics
 from protocols.client import ACTOR
 from protocols.codegen import services
 from protocols.descriptors import PACKAGE, pool
-from protocols.errors import BadInput, DeadlineExceeded, Exhausted, RepertoryError, Unavailable, classify
-from protocols.handle import service_of
+from protocols.errors import SHOWN, BadInput, DeadlineExceeded, Exhausted, RepertoryError, Unavailable, classify
+from protocols.handle import make_handle, service_of, transport_of
 from protocols.proto_schema import camel
 from protocols.service import CheckpointRequest, Message, Method, Service
 from protocols.wire import from_bytes, to_bytes
@@ -35,6 +35,9 @@ from protocols.wire import from_bytes, to_bytes
 logger = logging.getLogger("repertory.gateway")
 REQUEST_ID = "x-request-id"
 PATH = re.compile(r"[A-Za-z0-9._/-]{1,200}")
+AT_ONCE = 4096
+"""Calls that may be open beside those that wait; grpc refuses more."""
+TEXT_BYTES, FIELD_BYTES = 1500, 200
 LAST_WORDS = 1.0
 """Seconds for answers that are on their way to callers when the server stops."""
 
@@ -53,11 +56,12 @@ class Call:
 class Gateway:
     """Answers for the actors in `handles`, by name; actors that are added there later are reached too."""
 
-    def __init__(self, config: GatewayConfig, handles: Mapping[str, Service], checkpoints: Path) -> None:
-        """`checkpoints`: the folder that paths of callers are relative to, and may not leave. Raises BadInput."""
+    def __init__(self, config: GatewayConfig, handles: Mapping[str, Service]) -> None:
+        """Raises BadInput when the file of tokens cannot be read."""
         self._config = config
         self._handles = handles
-        self._checkpoints = checkpoints
+        self.checkpoints: Path | None = None
+        """The folder that paths of callers are relative to, and may not leave; nothing is saved while there is none."""
         self._callers = Callers(config.tokens)
         self._allowances = Allowances()
         kept = round(config.tokens_at_once * config.train_share)
@@ -79,7 +83,8 @@ class Gateway:
         alive = [("grpc.keepalive_time_ms", 30_000), ("grpc.keepalive_timeout_ms", 20_000)]
         options = [*alive, ("grpc.max_receive_message_length", size), ("grpc.max_send_message_length", -1)]
         # Two gateways on one port would share its callers by chance.
-        self._server = grpc.aio.server(options=[*options, ("grpc.so_reuseport", 0)])
+        most = 2 * self._config.queue + AT_ONCE
+        self._server = grpc.aio.server(options=[*options, ("grpc.so_reuseport", 0)], maximum_concurrent_rpcs=most)
         for service in services():
             self._server.add_generic_rpc_handlers((self._handlers(service),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -188,7 +193,9 @@ class Gateway:
             if self._config.log_prompts:
                 logger.info("id=%s request=%r", call.id, request)
             if isinstance(request, CheckpointRequest):
-                request = confined(request, self._checkpoints)
+                if self.checkpoints is None:
+                    raise Unavailable("nothing can be saved or loaded before the run has begun")
+                request = confined(request, self.checkpoints)
             lane = self.lanes["train" if method.role == "train" else "infer"]
             cost = estimated_tokens(request, len(data), lane.capacity)
             with self._counted():
@@ -212,7 +219,9 @@ class Gateway:
         call.code = failure.code
         if failure.code == "INTERNAL":
             logger.error("id=%s failed", call.id, exc_info=error)
-        await context.abort_with_status(rpc_status.to_status(status_of(failure)))
+        status = rpc_status.to_status(status_of(failure))
+        # abort_with_status would leave out what was set before.
+        await context.abort(status.code, status.details, (*status.trailing_metadata, (REQUEST_ID, call.id)))
 
     def _handle(self, service: type[Service], name: str) -> Service:
         # The very service: a policy's samplers and ranks, which are policies too, are not for callers.
@@ -223,7 +232,8 @@ class Gateway:
             name = service.kind if service.kind in of_kind else min(of_kind)
         if name not in of_kind:
             raise BadInput(f"{ACTOR}: got {name!r}, expected one of {', '.join(sorted(of_kind))}")
-        return of_kind[name]
+        # One of its own: the run's timings are those of its own calls.
+        return make_handle(service, transport_of(of_kind[name]))
 
     @contextmanager
     def _watched(self, service: type[Service], method: Method, context: Any) -> Iterator[Call]:
@@ -267,17 +277,23 @@ def confined(request: CheckpointRequest, folder: Path) -> CheckpointRequest:
 
 def status_of(error: RepertoryError) -> status_pb2.Status:
     """Code, text, and details in Google's error model: wrong fields, or when to come again."""
-    status = status_pb2.Status(code=code_pb2.Code.Value(error.code), message=error.message)
+    status = status_pb2.Status(code=code_pb2.Code.Value(error.code), message=cut(error.message, TEXT_BYTES))
     if isinstance(error, BadInput) and error.fields:
         request = error_details_pb2.BadRequest()
-        for path, text in error.fields:
-            request.field_violations.add(field=path, description=text)
+        for path, text in error.fields[:SHOWN]:
+            request.field_violations.add(field=cut(path, FIELD_BYTES), description=cut(text, FIELD_BYTES))
         status.details.append(_packed(request))
     if isinstance(error, Exhausted):
         delay = duration_pb2.Duration()
         delay.FromNanoseconds(int(error.retry_after_s * 1e9))
         status.details.append(_packed(error_details_pb2.RetryInfo(retry_delay=delay)))
     return status
+
+
+def cut(text: str, limit: int) -> str:
+    """At most so many bytes of it in UTF-8: all of a status has to fit into 16 kB."""
+    data = text.encode("utf-8", "replace")
+    return text if len(data) <= limit else data[:limit].decode("utf-8", "ignore") + "..."
 
 
 def _packed(detail: Any) -> any_pb2.Any:

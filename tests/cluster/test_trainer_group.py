@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from cluster.cluster import Cluster
 from cluster.config import MethodConfig
 from methods.worlds.ledger import write_skeleton
-from protocols.errors import Unavailable
+from protocols.errors import Stale, Unavailable
 from protocols.losses import GRPOLoss, LossSpec, SFTLoss
 from protocols.messages import Prompt, SamplingParams
 from protocols.policy import PolicyConfig, PolicyService, SampleRequest
@@ -153,6 +153,26 @@ async def test_shards_of_two_ranks_are_broadcast_to_two_samplers(model: str, on_
     os.kill(ray.get(host.__ray_call__.remote(lambda _: os.getpid())), signal.SIGKILL)
     with pytest.raises(Unavailable, match=r"the actor 'policy-sampler-1' has died|a member of the broadcast is gone"):
         await policy.publish(Empty())
+
+
+@pytest.mark.parametrize("group", ["torch", "zero-2"])
+async def test_callers_of_two_ranks_take_turns_and_a_step_needs_a_gradient(
+    group: str, model: str, inline: Cluster, on_ray: Cluster
+) -> None:
+    one = await inline.policy(a_policy(model))
+    two = await on_ray.policy(a_policy(model, workers=2, **GROUPS[group]))
+    with pytest.raises(Stale, match="no gradient was accumulated"):
+        await two.optim_step(OptimStepRequest())
+    request = ForwardBackwardRequest(rows=rows(0, LOSSES["sft"]), losses=LOSSES["sft"])
+    several = [asyncio.ensure_future(two.forward_backward(request)) for _ in range(6)]
+    await asyncio.wait(several[:1])
+    several[3].cancel()
+    await asyncio.wait(several)
+    done = sum(not call.cancelled() for call in several)
+    loss = (await two.optim_step(OptimStepRequest())).grad_norm
+    for _ in range(done):
+        await one.forward_backward(request)
+    assert loss == pytest.approx((await one.optim_step(OptimStepRequest())).grad_norm, rel=1e-4)
 
 
 @pytest.mark.parametrize("group", ["zero-2", "zero-3"])

@@ -91,7 +91,8 @@ def a_handle(transport: Scripted) -> PolicyService:
 @asynccontextmanager
 async def a_gateway(handles: dict[str, Service], folder: Path, **given: Any) -> AsyncIterator[Gateway]:
     config = GatewayConfig.model_validate({"address": "127.0.0.1:0"} | given)
-    gateway = Gateway(config, handles, folder / "remote")
+    gateway = Gateway(config, handles)
+    gateway.checkpoints = folder / "remote"
     await gateway.start()
     try:
         yield gateway

@@ -76,7 +76,7 @@ async def test_tokens_change_while_serving(tmp_path: Path) -> None:
         with pytest.raises(Unauthenticated):
             await caller(gateway, "asker").sample(a_request())
         # A file that is half written locks nobody out.
-        for broken in ("- name: [", "- name: x"):
+        for broken in ("- name: [", "- name: x", ""):
             file.write_text(broken)
             await caller(gateway, "somebody-new").sample(a_request())
         file.unlink()

@@ -245,6 +245,40 @@ async def test_paths_stay_inside(path: str, tmp_path: Path) -> None:
         assert transport.requests == [CheckpointRequest(path=str(tmp_path / "remote" / "a" / "b"))]
 
 
+async def test_nothing_is_saved_before_there_is_a_place_for_it(tmp_path: Path) -> None:
+    async with a_gateway({"policy": a_handle(Scripted())}, tmp_path) as gateway:
+        gateway.checkpoints = None
+        with pytest.raises(Unavailable, match="nothing can be saved or loaded before the run has begun"):
+            await connect(gateway.address, PolicyService).save(CheckpointRequest(path="a"))
+        assert not (tmp_path / "remote").exists()
+
+
+@pytest.mark.parametrize("count", [60, 5000])
+async def test_many_wrong_fields_are_still_bad_input(count: int, tmp_path: Path) -> None:
+    """All of a status must fit into the 16 kB that callers take."""
+    async with a_gateway({"policy": a_handle(Scripted())}, tmp_path) as gateway, raw(gateway) as send:
+        call = send(SAMPLE, b"\x0a\x00" * count)
+        with pytest.raises(grpc.aio.AioRpcError) as failed:
+            await call
+        assert failed.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        assert "and 50 more" in (failed.value.details() or "") or count > 60
+        assert "x-request-id" in dict(failed.value.trailing_metadata() or ())
+        with pytest.raises(grpc.aio.AioRpcError, match="prompts: got 65537 entries, expected at most 65536"):
+            await send(SAMPLE, b"\x0a\x00" * 65537)
+    async with a_gateway({"policy": a_handle(Scripted(error=Internal("ü" * 100_000)))}, tmp_path) as gateway:
+        with pytest.raises(Internal, match="üüü"):
+            await connect(gateway.address, PolicyService).sample(a_request())
+
+
+async def test_a_message_that_is_too_large_is_sent_once(tmp_path: Path) -> None:
+    transport = Scripted()
+    async with a_gateway({"policy": a_handle(transport)}, tmp_path, max_message_mb=1) as gateway:
+        large = SampleRequest(prompts=[{"text": "x" * (2 << 20)}])  # type: ignore[list-item]
+        with pytest.raises(Exhausted) as refused:
+            await connect(gateway.address, PolicyService).sample(large)
+        assert refused.value.retry_after_s == 0
+
+
 async def test_the_log_has_a_line_per_call_and_no_prompts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "repertory.gateway")
     secret = SampleRequest(prompts=[{"text": "my secret"}])  # type: ignore[list-item]
