@@ -61,7 +61,7 @@ class Gateway:
         self._config = config
         self._handles = handles
         self.checkpoints: Path | None = None
-        """The folder that paths of callers are relative to, and may not leave; nothing is saved while there is none."""
+        """The folder that paths of callers are relative to, and may not leave; without one nothing is saved."""
         self._callers = Callers(config.tokens)
         self._allowances = Allowances()
         kept = round(config.tokens_at_once * config.train_share)

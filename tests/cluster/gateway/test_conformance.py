@@ -110,6 +110,8 @@ async def a_company(
     config = MethodConfig.model_validate({"runs_dir": str(folder), "gateway": gateway})
     given = {"model": str(model), "init": "random", "threads": 1, "device": "cpu"}
     cluster = await Cluster(config, method="test", run="one").__aenter__()
+    if cluster._gateway is not None:
+        cluster._gateway.checkpoints = cluster.directory.path / "remote"
     policy = await cluster.policy(PolicyConfig.model_validate(given))
     verifier = await cluster.verifier(VerifierConfig(), policy)
     questioner = await cluster.questioner(QuestionerConfig(), policy)
