@@ -1,4 +1,4 @@
-"""Write protocols/proto/*.proto from the services: `python -m protocols.codegen [--check]`.
+"""Write protocols/proto/*.proto and docs/rpcs.md from the services: `python -m protocols.codegen [--check]`.
 
 The pydantic models are the source, except for numbers: those are read from the files that are there.
 
@@ -15,6 +15,7 @@ What was never released may be freed by deleting its line from the .proto file b
 import argparse
 import difflib
 import importlib
+import inspect
 import pkgutil
 import re
 import sys
@@ -24,10 +25,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import protocols
-from protocols.proto_schema import Block, Entry, Rpc, ServiceBlock, build
+from protocols.proto_schema import Block, Entry, Rpc, ServiceBlock, build, camel
 from protocols.service import Service
 
 FOLDER = Path(__file__).parent / "proto"
+TABLE = Path(__file__).parents[1] / "docs" / "rpcs.md"
 WIDTH = 100
 # Of the wire, or of the inside of a cluster: workers move weights, which never leave it.
 _NOT_PUBLISHED = ("client", "descriptors", "handle", "wire", "workers")
@@ -196,6 +198,26 @@ def _comment(text: str, indent: str) -> list[str]:
     return [f"{indent}// {line}".rstrip() for line in lines[1:]]
 
 
+def table(services: Iterable[type[Service]]) -> str:
+    """Every remote method, as Markdown."""
+    lines = [
+        "# All calls",
+        "",
+        "Written by `python -m protocols.codegen`. Do not edit. Package `repertory.v1`; roles and retries are of",
+        "[the gateway](gateway.md).",
+        "",
+        "| call | takes | gives | role | tried again | |",
+        "|---|---|---|---|---|---|",
+    ]
+    for service in services:
+        for name, method in service.methods().items():
+            gives = f"{'stream of ' if method.streaming else ''}{method.response.__name__}"
+            what = " ".join((inspect.getdoc(getattr(service, name)) or "").split())
+            cells = (f"{service.__name__}/{camel(name)}", method.request.__name__, gives, method.role)
+            lines.append(f"| {' | '.join(cells)} | {'yes' if method.safe else 'no'} | {what} |")
+    return "\n".join(lines) + "\n"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the files and say what changed; with --check write nothing, print a diff, and return 1 if any."""
     parser = argparse.ArgumentParser(prog="python -m protocols.codegen", description=main.__doc__)
@@ -203,6 +225,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check = parser.parse_args(arguments).check
     published = {path.name: path.read_text("utf-8") for path in sorted(FOLDER.glob("*.proto"))}
     files = generate(services(), published)
+    if TABLE.is_file():  # not in an installed package
+        published[TABLE.name], files[TABLE.name] = TABLE.read_text("utf-8"), table(services())
     changed = [name for name in sorted(published | files) if published.get(name) != files.get(name)]
     for name in changed:
         before, after = published.get(name, ""), files.get(name, "")
@@ -215,10 +239,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _write(name: str, text: str) -> None:
+    path = TABLE if name == TABLE.name else FOLDER / name
     if text:
-        (FOLDER / name).write_text(text, "utf-8")
+        path.write_text(text, "utf-8")
     else:
-        (FOLDER / name).unlink()
+        path.unlink()
 
 
 def _diff(name: str, before: str, after: str) -> str:
