@@ -44,14 +44,16 @@ class GatewayConfig(Message):
     """Seconds that a stream waits for a caller that does not read."""
     drain_s: float = Field(default=60.0, ge=0)
     """Seconds that calls under way have to finish when the gateway stops."""
+    metrics: str = ""
+    """HOST:PORT where Prometheus reads the gateway's counters over HTTP; empty: nowhere."""
     log_prompts: bool = False
     """Write requests into the log, prompts included."""
 
     @model_validator(mode="after")
     def _closed_to_others(self) -> Self:
-        host, _, port = self.address.rpartition(":")
-        if not host or not port.isdecimal() or int(port) > 65535:
-            raise ValueError(f"address: got {self.address!r}, expected HOST:PORT")
+        host, _ = host_and_port("address", self.address)
+        if self.metrics:
+            host_and_port("metrics", self.metrics)
         if is_loopback(host):
             return self
         if self.tls is None and not self.plaintext_beyond_loopback:
@@ -61,6 +63,14 @@ class GatewayConfig(Message):
         if not self.tokens and not (self.tls and self.tls.client_ca):
             raise ValueError(f"address: {host} is reached from other machines; set tokens, or tls.client_ca")
         return self
+
+
+def host_and_port(name: str, address: str) -> tuple[str, int]:
+    """Both parts of HOST:PORT. Raises ValueError that names the key."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise ValueError(f"{name}: got {address!r}, expected HOST:PORT")
+    return host, int(port)
 
 
 def is_loopback(host: str) -> bool:

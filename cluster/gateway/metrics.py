@@ -1,9 +1,9 @@
 """What the gateway counts, for Prometheus."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, start_http_server
 
 from cluster.gateway.limits import Lane
 
@@ -30,6 +30,17 @@ class Metrics:
         """Count one call."""
         self._calls.labels(method, code).inc()
         self._seconds.labels(method).observe(seconds)
+
+    def serve(self, host: str, port: int) -> Callable[[], None]:
+        """Answer Prometheus at an address; what is returned ends it. Raises OSError when the address is taken."""
+        server, thread = start_http_server(port, host, self._registry)
+
+        def end() -> None:
+            server.shutdown()
+            server.server_close()
+            thread.join()
+
+        return end
 
     def text(self) -> bytes:
         """All of them in Prometheus' text format."""

@@ -20,7 +20,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 from grpc_status import rpc_status
 
 from cluster.gateway.auth import Callers, check_role
-from cluster.gateway.config import GatewayConfig
+from cluster.gateway.config import GatewayConfig, host_and_port
 from cluster.gateway.limits import Allowances, Lane, estimated_tokens
 from cluster.gateway.metrics import Metrics
 from protocols.client import ACTOR
@@ -70,6 +70,7 @@ class Gateway:
         self.metrics = Metrics(self.lanes)
         self._health = health.aio.HealthServicer()
         self._server: Any = None
+        self._end_metrics: Callable[[], None] | None = None
         self._under_way = 0
         self._stopping = False
         self._idle = asyncio.Event()
@@ -93,6 +94,12 @@ class Gateway:
             [*names, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server, pool=_reflected()
         )
         self.port = self._listen()
+        if self._config.metrics:
+            host, port = host_and_port("metrics", self._config.metrics)
+            try:
+                self._end_metrics = self.metrics.serve(host, port)
+            except OSError as error:
+                raise BadInput(f"gateway.metrics: cannot listen at {self._config.metrics}: {error}") from error
         await self._server.start()
         for name in ["", *names]:
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
@@ -128,6 +135,8 @@ class Gateway:
             async with asyncio.timeout(self._config.drain_s):
                 await self._idle.wait()
         await self._server.stop(grace=LAST_WORDS)
+        if self._end_metrics is not None:
+            await asyncio.to_thread(self._end_metrics)
 
     def _handlers(self, service: type[Service]) -> Any:
         def handler(method: Method) -> Any:

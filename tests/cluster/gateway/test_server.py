@@ -3,7 +3,9 @@
 import asyncio
 import logging
 import pickle
+import socket
 import threading
+import urllib.request
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -301,6 +303,19 @@ async def test_the_log_has_a_line_per_call_and_no_prompts(tmp_path: Path, caplog
     ):
         await send(SAMPLE, to_bytes(secret))
     assert "my secret" in caplog.text
+
+
+async def test_prometheus_reads_the_metrics(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+        with pytest.raises(BadInput, match=rf"gateway\.metrics: cannot listen at {address}"):
+            async with a_gateway({}, tmp_path, metrics=address):
+                pass
+    for _ in range(2):  # the port is free again
+        async with a_gateway({"policy": a_handle(Scripted())}, tmp_path, metrics=address) as gateway:
+            await connect(gateway.address, PolicyService).sample(a_request())
+            shown = await asyncio.to_thread(lambda: urllib.request.urlopen(f"http://{address}/metrics").read())
+        assert b'repertory_calls_total{code="OK",method="PolicyService.sample"} 1.0' in shown
 
 
 async def test_metrics(tmp_path: Path) -> None:
