@@ -234,8 +234,6 @@ class PolicyActor(Actor, PolicyService):
         return await asyncio.get_running_loop().run_in_executor(self._worker, work)
 
     def _encoded(self, request: SampleRequest) -> list[EncodedPrompt]:
-        if "" in request.params.stop:
-            raise BadInput("params.stop: got an empty text, expected at least one character")
         return [self._encoded_prompt(prompt) for prompt in request.prompts]
 
     def _encoded_prompt(self, prompt: Prompt) -> EncodedPrompt:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
@@ -139,9 +140,10 @@ async def test_prompts_that_cannot_be_continued(prompt: dict[str, Any], message:
         await anext(answer_stream(policy, "stream", asked))
 
 
-async def test_an_empty_stop_text_is_refused(policy: PolicyActor) -> None:
-    with pytest.raises(BadInput, match=r"params.stop: got an empty text"):
-        await answer(policy, "sample", request([4], stop=["a", ""]))
+@pytest.mark.parametrize("stop", [["a", ""], ["a" * 257]])
+def test_stop_texts_have_a_length(stop: list[str]) -> None:
+    with pytest.raises(ValidationError, match=r"expected texts of 1 to 256 characters"):
+        request([4], stop=stop)
 
 
 async def test_the_longest_prompt_gets_one_token(policy: PolicyActor) -> None:
