@@ -20,7 +20,7 @@ import grpc
 from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
-from protocols.descriptors import PACKAGE
+from protocols.descriptors import name_of
 from protocols.errors import BadInput, Exhausted, Internal, RepertoryError, Unavailable
 from protocols.handle import make_handle
 from protocols.proto_schema import camel
@@ -71,9 +71,7 @@ def connect(
     token = credentials.token if credentials else ""
     if not all("!" <= letter <= "~" for letter in token):
         raise BadInput("credentials.token: expected printable ASCII without blanks")
-    transport = GrpcTransport(
-        target, PACKAGE + "." + service.__name__, actor, scheme == "grpcs", credentials or Credentials(), tries
-    )
+    transport = GrpcTransport(target, name_of(service), actor, scheme == "grpcs", credentials or Credentials(), tries)
     return make_handle(service, transport, deadline_s)
 
 

@@ -9,6 +9,7 @@ from google.protobuf.descriptor_pool import DescriptorPool
 
 from protocols import codegen
 from protocols.proto_schema import Block, Entry, ServiceBlock, build
+from protocols.service import Service
 
 PACKAGE = "repertory.v1"
 SCALAR_TYPES = {"int64": 3, "double": 1, "bool": 8, "string": 9, "bytes": 12}
@@ -28,6 +29,11 @@ def pool() -> DescriptorPool:
     for file in _in_order(_files(services, blocks)):
         found.Add(file)
     return found
+
+
+def name_of(service: type[Service]) -> str:
+    """Full name of a published service."""
+    return f"{PACKAGE}.{service.__name__}"
 
 
 @cache

@@ -24,6 +24,7 @@ def by_prompt(rows: Sequence[NDArray[np.int32]], prompts: Sequence[int], budget:
     `prompts`: how many leading tokens of each row are prompt; 0 for a row that must not share. A group that
     shares has at most `budget` tokens. It is of one prompt, since attention over several would mostly be masked.
     """
+    lengths = [len(row) for row in rows]
     same: defaultdict[bytes, list[int]] = defaultdict(list)
     for i, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
         same[row[:prompt].tobytes() if prompt else b""].append(i)
@@ -31,14 +32,14 @@ def by_prompt(rows: Sequence[NDArray[np.int32]], prompts: Sequence[int], budget:
     groups: list[MicroBatch] = []
     for members in same.values():
         prompt = prompts[members[0]]
-        for piece in _pieces(members, [len(row) for row in rows], prompt, budget):
-            total = sum(len(rows[i]) for i in piece)
+        for piece in _pieces(members, lengths, prompt, budget):
+            total = sum(lengths[i] for i in piece)
             if total - prompt * (len(piece) - 1) <= total / 2:
                 groups.append(MicroBatch(piece, prompt))
             else:
                 alone += piece
     alone.sort()
-    padded = by_length([len(rows[i]) for i in alone], budget)
+    padded = by_length([lengths[i] for i in alone], budget)
     return groups + [MicroBatch([alone[i] for i in group]) for group in padded]
 
 

@@ -25,7 +25,7 @@ from cluster.gateway.limits import Allowances, Lane, estimated_tokens
 from cluster.gateway.metrics import Metrics
 from protocols.client import ACTOR
 from protocols.codegen import services
-from protocols.descriptors import PACKAGE, pool
+from protocols.descriptors import name_of, pool
 from protocols.errors import SHOWN, BadInput, DeadlineExceeded, Exhausted, RepertoryError, Unavailable, classify
 from protocols.handle import make_handle, service_of, transport_of
 from protocols.proto_schema import camel
@@ -83,8 +83,8 @@ class Gateway:
         # A caller whose machine is gone holds room until it is noticed.
         alive = [("grpc.keepalive_time_ms", 30_000), ("grpc.keepalive_timeout_ms", 20_000)]
         options = [*alive, ("grpc.max_receive_message_length", size), ("grpc.max_send_message_length", -1)]
-        # Two gateways on one port would share its callers by chance.
         most = 2 * self._config.queue + AT_ONCE
+        # Two gateways on one port would share its callers by chance.
         self._server = grpc.aio.server(options=[*options, ("grpc.so_reuseport", 0)], maximum_concurrent_rpcs=most)
         for service in services():
             self._server.add_generic_rpc_handlers((self._handlers(service),))
@@ -263,11 +263,6 @@ class Gateway:
             logger.info(
                 "id=%s caller=%s method=%s code=%s ms=%.1f", id_, call.caller, call.method, call.code, seconds * 1e3
             )
-
-
-def name_of(service: type[Service]) -> str:
-    """Full name of a published service."""
-    return f"{PACKAGE}.{service.__name__}"
 
 
 def confined(request: CheckpointRequest, folder: Path) -> CheckpointRequest:
