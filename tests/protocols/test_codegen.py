@@ -495,9 +495,13 @@ def test_no_number_is_ever_used_twice(history: list[list[str]]) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(codegen, "FOLDER", tmp_path)
+    protos, docs = tmp_path / "proto", tmp_path / "docs"
+    protos.mkdir(), docs.mkdir()
+    (docs / "rpcs.md").write_text("")
+    monkeypatch.setattr(codegen, "FOLDER", protos)
+    monkeypatch.setattr(codegen, "TABLE", docs / "rpcs.md")
     monkeypatch.setattr(codegen, "services", lambda: [service_of(ints("ab"))])
-    return tmp_path
+    return protos
 
 
 def test_main_writes_and_says_what_changed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -506,6 +510,7 @@ def test_main_writes_and_says_what_changed(folder: Path, capsys: pytest.CaptureF
     assert sorted(first) == ["service.proto", FILE]
     lines = first[FILE].count("\n")
     assert f"{FILE}: {lines} lines added, 0 removed\n" in capsys.readouterr().out
+    assert codegen.TABLE.read_text() == codegen.table(codegen.services())
     assert codegen.main([]) == 0
     assert capsys.readouterr().out == ""
 
