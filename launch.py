@@ -146,7 +146,7 @@ def _gateways(command: str, words: list[str]) -> int:
         print(f"{one.run} has ended")
         return 0
     for one in running(folder):
-        print(f"{one.run:20} {one.address:30} process {one.pid}")
+        print(f"{one.run:20} {one.address:30} {one.http or '-':30} process {one.pid}")
     return 0
 
 

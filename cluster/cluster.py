@@ -34,7 +34,7 @@ from protocols.verifier import VerifierConfig, VerifierService
 from protocols.workers import Rank, SamplerService, TrainerService
 
 if TYPE_CHECKING:
-    from cluster.gateway.server import Gateway
+    from cluster.gateway.gateway import Gateway
 
 S = TypeVar("S", bound=Service)
 
@@ -79,7 +79,7 @@ class Cluster:
 
     async def _serve(self, config: GatewayConfig) -> None:
         """Open the gateway; it finds actors as they start."""
-        from cluster.gateway.server import Gateway
+        from cluster.gateway.gateway import Gateway
 
         self._gateway = Gateway(config, self._handles)
         try:
@@ -295,16 +295,17 @@ class Cluster:
         assert self._gateway is not None
         self.directory.open(self.saved_config, may_change(self.config))
         self._note_gateway()
-        announce(self._gateway.address)
+        announce(" and ".join(filter(None, (self._gateway.address, self._gateway.base_url))))
         await asyncio.Event().wait()
 
     def _note_gateway(self) -> None:
         """Leave in the run's folder where the gateway is while it is up, and its log."""
         if self._gateway is None:
             return
-        self._gateway.checkpoints = self.directory.path / "remote"
+        self._gateway.admission.checkpoints = self.directory.path / "remote"
         file = self.directory.path / GATEWAY_FILE
         noted = {"pid": os.getpid(), "host": socket.gethostname(), "address": self._gateway.address}
+        noted["http"] = self._gateway.base_url
         write_atomically(file, json.dumps(noted))
         self._open.callback(file.unlink, missing_ok=True)
         self._open.enter_context(logged(self.directory.path / "gateway.log"))

@@ -28,7 +28,7 @@ class Config(MethodConfig):
     """A verifier over the policy; null: none."""
     questioner: QuestionerConfig | None = None
     """A questioner over the policy; null: none."""
-    gateway: GatewayConfig = GatewayConfig()
+    gateway: GatewayConfig = GatewayConfig(http="127.0.0.1:8000")
     """Where and how callers reach them."""
 
 
@@ -44,4 +44,4 @@ async def run(cluster: Cluster, config: Config) -> None:
         await cluster.verifier(config.verifier, policy)
     if config.questioner is not None:
         await cluster.questioner(config.questioner, policy)
-    await cluster.serve_until_stopped(lambda address: print(f"serving at {address}; Ctrl-C stops", file=sys.stderr))
+    await cluster.serve_until_stopped(lambda where: print(f"serving at {where}; Ctrl-C stops", file=sys.stderr))

@@ -15,7 +15,7 @@ class LossBase(Message):
 
     coef: float = Field(default=1.0, ge=-LARGEST, le=LARGEST)
     """Factor of this term in the sum of all terms."""
-    temperature: float = Field(default=1.0, gt=0.0, le=LARGEST)
+    temperature: float = Field(default=1.0, ge=1e-6, le=LARGEST)
     """Logits are divided by it before the softmax, as they were when sampling."""
     normalize: Literal["token", "sequence"] = "token"
     """`token`: one mean over all tokens of the term. `sequence`: mean per row, then over rows."""

@@ -62,7 +62,7 @@ class SamplingParams(Message):
     max_tokens: int = Field(default=256, ge=1)
     """Longest completion, in tokens."""
     temperature: float = Field(default=1.0, ge=0.0, le=1e6)
-    """Logits are divided by it; 0 takes the most likely token."""
+    """Logits are divided by it; 0 takes the most likely token, and other values begin at 0.000001."""
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     """Keep the smallest set of most likely tokens whose probability reaches this."""
     top_k: int = Field(default=0, ge=0)
@@ -73,6 +73,13 @@ class SamplingParams(Message):
     """The completion ends with the first of these tokens, beside the model's own end tokens."""
     structure: Structure | None = None
     """Draw only tokens that keep to a form; log-probs are then among these tokens. Needs sampler.engine=vllm."""
+
+    @field_validator("temperature")
+    @classmethod
+    def _finite_quotients(cls, temperature: float) -> float:
+        if 0 < temperature < 1e-6:
+            raise ValueError("expected 0, or at least 0.000001")
+        return temperature
 
     @field_validator("stop")
     @classmethod

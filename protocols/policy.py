@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from protocols.messages import Completion, FinishReason, Prompt, SamplingParams
 from protocols.placement import Resources
 from protocols.service import Empty, Message, Service, rpc
-from protocols.tensor import PerToken, TokenIds, Versions
+from protocols.tensor import PerToken, TokenIds, Vectors, Versions
 from protocols.training import (
     ForwardBackwardRequest,
     ForwardBackwardResponse,
@@ -247,7 +247,7 @@ class ScoreRequest(Message):
 
     sequences: list[TokenIds] = Field(min_length=1)
     """Token ids, int32[T] each, at least one token."""
-    temperature: float = Field(default=1.0, gt=0, le=1e6)
+    temperature: float = Field(default=1.0, ge=1e-6, le=1e6)
     """Logits are divided by it."""
 
 
@@ -258,6 +258,24 @@ class ScoreResponse(Message):
     """Entry t is log p(token t | tokens before t), nats, float32[T]; entry 0 is 0."""
     version: int
     """Weight version that scored."""
+
+
+class EmbedRequest(Message):
+    """Asks for vectors that stand for the meaning of prompts."""
+
+    prompts: list[Prompt] = Field(min_length=1)
+    """Conversations or texts."""
+
+
+class EmbedResponse(Message):
+    """Vectors, in the order of the prompts."""
+
+    vectors: Vectors
+    """Mean of the last layer's hidden states over the prompt's tokens, of length 1, float32[B, D]."""
+    lengths: list[int]
+    """Tokens of each prompt."""
+    version: int
+    """Weight version that computed them."""
 
 
 class PublishResponse(Message):
@@ -305,6 +323,11 @@ class PolicyService(Service):
     @abstractmethod
     async def score(self, request: ScoreRequest) -> ScoreResponse:
         """Log-probs of every token of the sequences."""
+
+    @rpc(safe=True)
+    @abstractmethod
+    async def embed(self, request: EmbedRequest) -> EmbedResponse:
+        """Vectors of prompts. Raises BadInput when the engine keeps its hidden states to itself, as vLLM does."""
 
     @rpc(dispatch="all", role="train")
     @abstractmethod

@@ -206,5 +206,7 @@ TokenIds = Annotated[Tensor, Axes("int32", "T")]
 """Token ids of one sequence, int32[T]."""
 PerToken = Annotated[Tensor, Axes("float32", "T")]
 """One float per token, float32[T]."""
+Vectors = Annotated[Tensor, Axes("float32", "BD")]
+"""One vector per row, float32[B, D]."""
 Versions = Annotated[Tensor, Axes("int32", "T")]
 """The weight version that produced each token, int32[T]."""

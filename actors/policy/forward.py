@@ -119,3 +119,19 @@ def score(
         for i, logprobs_K in zip(group, logprobs_BK, strict=True):
             results[i][1:] = logprobs_K[: len(rows[i]) - 1]
     return results
+
+
+@torch.no_grad()
+def embed(model: Any, rows: Sequence[NDArray[np.int32]], budget: int) -> NDArray[np.float32]:
+    """Mean of the last layer's hidden states over each row's tokens, scaled to length 1: float32[B, D]."""
+    found: dict[int, NDArray[np.float32]] = {}
+    for group in by_length([len(row) for row in rows], budget):
+        lengths = [len(rows[i]) for i in group]
+        tokens_BT = torch.from_numpy(pad_right([rows[i] for i in group]).astype(np.int64)).to(model.device)
+        inputs = attention_inputs(lengths, model.device)
+        states_BTD = model.get_decoder()(input_ids=tokens_BT, use_cache=False, **inputs).last_hidden_state.float()
+        there_BT = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
+        mean_BD = (states_BTD * there_BT.to(model.device)[..., None]).sum(1)
+        unit_BD = torch.nn.functional.normalize(mean_BD, dim=-1)
+        found.update(zip(group, unit_BD.cpu().numpy(), strict=True))
+    return np.stack([found[i] for i in range(len(rows))])

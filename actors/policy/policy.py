@@ -28,6 +28,8 @@ from protocols.messages import Completion, Prompt
 from protocols.policy import (
     DetokenizeRequest,
     DetokenizeResponse,
+    EmbedRequest,
+    EmbedResponse,
     PolicyConfig,
     PolicyInfo,
     PolicyService,
@@ -160,6 +162,15 @@ class PolicyActor(Actor, PolicyService):
             self._loaded.check_tokens(row, f"sequences[{i}]")
         return await self._score(rows, request.temperature)
 
+    async def embed(self, request: EmbedRequest) -> EmbedResponse:
+        """Vectors of prompts."""
+        rows = [encode(prompt, self._loaded.tokenizer) for prompt in request.prompts]
+        for row, prompt in zip(rows, request.prompts, strict=True):
+            self._loaded.check_tokens(row, f"prompt {prompt.uid!r}")
+        work = self._in_context(lambda: forward.embed(self._loaded.model, rows, self._budget))
+        vectors = await self._run(work)
+        return EmbedResponse(vectors=vectors, lengths=[len(row) for row in rows], version=self.version)
+
     async def forward_backward(self, request: ForwardBackwardRequest) -> ForwardBackwardResponse:
         """Add the gradient of the batch loss to what is accumulated."""
         trainer = self._need_trainer("forward_backward")
@@ -216,9 +227,13 @@ class PolicyActor(Actor, PolicyService):
         return await self._run(self._in_context(work))
 
     async def _score(self, rows: list[NDArray[np.int32]], temperature: float) -> ScoreResponse:
-        budget = (self._config.trainer or TrainerConfig()).micro_batch_tokens
-        work = self._in_context(lambda: forward.score(self._loaded.model, rows, temperature, budget))
+        work = self._in_context(lambda: forward.score(self._loaded.model, rows, temperature, self._budget))
         return ScoreResponse(logprobs=await self._run(work), version=self.version)
+
+    @property
+    def _budget(self) -> int:
+        """Most tokens that go through the model at once."""
+        return (self._config.trainer or TrainerConfig()).micro_batch_tokens
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return precision(self._config, self._loaded)

@@ -14,6 +14,8 @@ from protocols.messages import Prompt, SamplingParams
 from protocols.policy import (
     DetokenizeRequest,
     DetokenizeResponse,
+    EmbedRequest,
+    EmbedResponse,
     PolicyConfig,
     PolicyInfo,
     PolicyService,
@@ -127,6 +129,11 @@ class SplitPolicyActor(Actor, PolicyService):
         """Log-probs under the published weights."""
         await self._wake()
         return await self._sampler.score(request)
+
+    async def embed(self, request: EmbedRequest) -> EmbedResponse:
+        """Vectors of prompts under the published weights."""
+        await self._wake()
+        return await self._sampler.embed(request)
 
     async def forward_backward(self, request: ForwardBackwardRequest) -> ForwardBackwardResponse:
         """Add the gradient of the batch loss, each rank that of its share."""

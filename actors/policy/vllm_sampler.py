@@ -19,7 +19,7 @@ from actors.policy.sampler_worker import SamplerActor
 from actors.policy.vllm_engine import Request, VLLMEngine
 from protocols.errors import BadInput
 from protocols.messages import Completion, SamplingParams, Structure
-from protocols.policy import PolicyConfig, SampleRequest, ScoreResponse
+from protocols.policy import EmbedRequest, EmbedResponse, PolicyConfig, SampleRequest, ScoreResponse
 from protocols.service import CheckpointResponse, Empty
 
 
@@ -48,6 +48,10 @@ class VLLMSamplerActor(SamplerActor):
         await super().close()
         await self._engine.close()
         self._folder.cleanup()
+
+    async def embed(self, request: EmbedRequest) -> EmbedResponse:
+        """Not with this engine."""
+        raise BadInput("embed: vLLM keeps its hidden states to itself; ask a policy with sampler.engine=transformers")
 
     async def sleep(self, request: Empty) -> Empty:
         """Keep the weights in the machine's memory and drop the cache."""

@@ -10,7 +10,7 @@ import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
 from protocols.errors import BadInput, Denied, Unauthenticated, classify
-from protocols.service import Message, Method, Role
+from protocols.service import Message, Role
 
 logger = logging.getLogger("repertory.gateway")
 
@@ -87,10 +87,10 @@ class Callers:
         return (found.st_mtime_ns, found.st_size) if found else None
 
 
-def check_role(caller: Caller, method: Method) -> None:
-    """Raise Denied unless the caller may make the call."""
-    if method.role not in caller.roles:
-        raise Denied(f"{caller.name} may not call {method.name}: it needs the role {method.role}")
+def check_role(caller: Caller, method: str, role: Role) -> None:
+    """Raise Denied unless the caller may make a call that needs the role."""
+    if role not in caller.roles:
+        raise Denied(f"{caller.name} may not call {method}: it needs the role {role}")
 
 
 def read(file: Path) -> list[Caller]:

@@ -7,6 +7,9 @@ from pydantic import Field, model_validator
 
 from protocols.service import Message
 
+LAST_WORDS = 1.0
+"""Seconds for answers that are on their way to callers when a gateway stops."""
+
 
 class TLSConfig(Message):
     """The gateway's certificate; with `client_ca` callers must have one too (mutual TLS)."""
@@ -24,6 +27,8 @@ class GatewayConfig(Message):
 
     address: str = "127.0.0.1:50051"
     """HOST:PORT to listen at; port 0 takes a free one."""
+    http: str = ""
+    """HOST:PORT of a second door that speaks OpenAI's HTTP API; empty: none."""
     tls: TLSConfig | None = None
     """Certificate; null: no encryption, on loopback alone unless `plaintext_beyond_loopback`."""
     plaintext_beyond_loopback: bool = False
@@ -49,19 +54,27 @@ class GatewayConfig(Message):
     log_prompts: bool = False
     """Write requests into the log, prompts included."""
 
+    @property
+    def most_open(self) -> int:
+        """Calls that may be open at a door, those that wait among them; more are refused at once."""
+        return 2 * self.queue + 4096
+
     @model_validator(mode="after")
     def _closed_to_others(self) -> Self:
-        host, _ = host_and_port("address", self.address)
+        doors = {"address": self.address} | ({"http": self.http} if self.http else {})
+        hosts = {name: host_and_port(name, address)[0] for name, address in doors.items()}
         if self.metrics:
             host_and_port("metrics", self.metrics)
-        if is_loopback(host):
+        open_ = [(name, host) for name, host in hosts.items() if not is_loopback(host)]
+        if not open_:
             return self
+        name, host = open_[0]
         if self.tls is None and not self.plaintext_beyond_loopback:
             raise ValueError(
-                f"address: {host} is reached from other machines; set tls, or plaintext_beyond_loopback=true"
+                f"{name}: {host} is reached from other machines; set tls, or plaintext_beyond_loopback=true"
             )
         if not self.tokens and not (self.tls and self.tls.client_ca):
-            raise ValueError(f"address: {host} is reached from other machines; set tokens, or tls.client_ca")
+            raise ValueError(f"{name}: {host} is reached from other machines; set tokens, or tls.client_ca")
         return self
 
 

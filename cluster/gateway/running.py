@@ -25,6 +25,7 @@ class Running:
     run: str
     pid: int
     address: str
+    http: str
 
 
 @contextlib.contextmanager
@@ -51,7 +52,7 @@ def running(runs_dir: Path) -> list[Running]:
     for file in sorted(runs_dir.glob(f"*/{GATEWAY_FILE}")):
         with contextlib.suppress(OSError, ValueError):
             noted = json.loads(file.read_text("utf-8"))
-            one = Running(file.parent.name, int(noted["pid"]), str(noted["address"]))
+            one = Running(file.parent.name, int(noted["pid"]), str(noted["address"]), str(noted["http"]))
             # Not by the process alone: its number may be another's by now.
             if noted["host"] == socket.gethostname() and held(file.parent):
                 found.append(one)

@@ -20,6 +20,7 @@ from protocols.losses import GRPOLoss, SFTLoss
 from protocols.messages import Prompt
 from protocols.policy import (
     DetokenizeRequest,
+    EmbedRequest,
     PolicyInfo,
     SampleRequest,
     ScoreRequest,
@@ -181,6 +182,31 @@ async def test_score_names_its_version(policy: PolicyActor) -> None:
     assert (await policy.score(ScoreRequest.model_validate({"sequences": [[3]]}))).version == 2
 
 
+# Embedding.
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2", "gemma2"])
+async def test_a_vector_is_the_mean_of_the_last_hidden_states(
+    kind: str, make_policy: MakePolicy, model_dirs: dict[str, Path]
+) -> None:
+    actor = await make_policy(model=str(model_dirs[kind]), init="pretrained", trainer={"micro_batch_tokens": 16})
+    rows = [[3, 4, 5], [6], list(range(7, 20)), [6]]
+    prompts = [Prompt.model_validate({"tokens": row}) for row in rows]
+    response = await actor.embed(EmbedRequest(prompts=prompts))
+    assert response.lengths == [3, 1, 13, 1] and response.version == 0
+    for vector, row in zip(response.vectors.array, rows, strict=True):
+        with torch.no_grad():
+            states = actor._loaded.model(torch.tensor([row]), output_hidden_states=True).hidden_states[-1][0]
+        mean = states.double().mean(0)
+        np.testing.assert_allclose(vector, (mean / mean.norm()).numpy(), atol=1e-5)
+    np.testing.assert_allclose(response.vectors.array[1], response.vectors.array[3], atol=1e-6)
+
+
+async def test_a_prompt_that_cannot_be_embedded(policy: PolicyActor) -> None:
+    with pytest.raises(BadInput, match=r"prompt 'a': got 257 tokens, expected 1 to 256"):
+        await answer(policy, "embed", EmbedRequest(prompts=[Prompt(tokens=np.full(257, 3), uid="a")]))
+
+
 # Learning.
 
 
@@ -319,6 +345,9 @@ async def test_only_the_adapter_learns(make_policy: MakePolicy) -> None:
         before[name].numel() for name in before if "lora_" in name
     )
     assert await scores(actor) != old
+    embedded = await actor.embed(EmbedRequest(prompts=[Prompt(tokens=[3, 4])]))
+    with actor._loaded.model.disable_adapter():
+        assert (await actor.embed(EmbedRequest(prompts=[Prompt(tokens=[3, 4])]))).vectors != embedded.vectors
 
 
 async def test_an_adapter_is_saved_alone_and_exported_merged(

@@ -17,12 +17,13 @@ from cluster.inline import InlineTransport
 from protocols.errors import BadInput, Corrupt, Stale
 from protocols.losses import GRPOLoss, SFTLoss
 from protocols.messages import Prompt, SamplingParams
-from protocols.policy import PolicyConfig, PolicyService, SampleRequest, SampleResponse, ScoreRequest
+from protocols.policy import EmbedRequest, PolicyConfig, PolicyService, SampleRequest, SampleResponse, ScoreRequest
 from protocols.service import CheckpointRequest, Empty
 from protocols.training import ForwardBackwardRequest, OptimStepRequest, TrainRow
 
 PROMPTS = [Prompt(tokens=np.arange(3, 9), seed=1), Prompt(tokens=np.arange(20, 24), seed=2)]
 SHARED: dict[str, Any] = {"learning_rate": 1e-2, "micro_batch_tokens": 32}
+EMBEDDED = EmbedRequest(prompts=[Prompt(tokens=[3, 4, 5]), Prompt(tokens=[6])])
 PROBED = ScoreRequest(sequences=[np.arange(1, 15, dtype=np.int32), np.arange(30, 60, 3, dtype=np.int32)])
 
 
@@ -87,6 +88,7 @@ async def test_five_updates_are_the_same(two: tuple[PolicyService, PolicyService
         # What a sampler draws with its cache differs from a whole pass in the last bits.
         assert published.gap < 1e-5
         assert await split.score(PROBED) == await shared.score(PROBED)
+        assert await split.embed(EMBEDDED) == await shared.embed(EMBEDDED)
     assert (await split.info(Empty())) == (await shared.info(Empty()))
 
 

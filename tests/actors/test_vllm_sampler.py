@@ -20,7 +20,7 @@ from methods.worlds.ledger import vocabulary
 from protocols.errors import BadInput, Corrupt
 from protocols.losses import GRPOLoss, SFTLoss
 from protocols.messages import Completion, FinishReason, Prompt, SamplingParams, Structure
-from protocols.policy import PolicyConfig, PolicyService, SampleRequest, SampleResponse, ScoreRequest
+from protocols.policy import EmbedRequest, PolicyConfig, PolicyService, SampleRequest, SampleResponse, ScoreRequest
 from protocols.service import Empty
 from protocols.training import ForwardBackwardRequest, OptimStepRequest, TrainRow
 
@@ -234,6 +234,11 @@ async def test_the_transformers_sampler_has_no_structures(cluster: Cluster, mode
     params = SamplingParams(structure=Structure(choices=["yes"]))
     with pytest.raises(BadInput, match=r"params\.structure: .* set sampler\.engine to vllm"):
         await policy.sample(SampleRequest(prompts=PROMPTS, params=params))
+
+
+async def test_it_has_no_embeddings(vllm: PolicyService) -> None:
+    with pytest.raises(BadInput, match=r"embed: vLLM keeps its hidden states to itself"):
+        await vllm.embed(EmbedRequest(prompts=[Prompt(tokens=[3])]))
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,8 @@ from protocols.messages import Completion, FinishReason, Prompt, SamplingParams
 from protocols.policy import (
     DetokenizeRequest,
     DetokenizeResponse,
+    EmbedRequest,
+    EmbedResponse,
     PolicyConfig,
     PolicyInfo,
     PolicyService,
@@ -163,6 +165,9 @@ class ScriptedPolicy(Actor, PolicyService):
         self.scored.append(request)
         logprobs = [np.full(len(tokens), -0.5, np.float32) for tokens in request.sequences]
         return ScoreResponse(logprobs=logprobs, version=self.version)
+
+    async def embed(self, request: EmbedRequest) -> EmbedResponse:
+        raise NotImplementedError
 
     async def forward_backward(self, request: ForwardBackwardRequest) -> ForwardBackwardResponse:
         self.trained.append(request)

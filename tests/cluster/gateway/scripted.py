@@ -11,7 +11,7 @@ import grpc
 import numpy as np
 
 from cluster.gateway.config import GatewayConfig
-from cluster.gateway.server import Gateway
+from cluster.gateway.gateway import Gateway
 from protocols.handle import make_handle
 from protocols.messages import Completion, FinishReason, Prompt, SamplingParams
 from protocols.policy import PolicyInfo, PolicyService, Sampled, SampleDelta, SampleRequest, SampleResponse
@@ -92,7 +92,7 @@ def a_handle(transport: Scripted) -> PolicyService:
 async def a_gateway(handles: dict[str, Service], folder: Path, **given: Any) -> AsyncIterator[Gateway]:
     config = GatewayConfig.model_validate({"address": "127.0.0.1:0"} | given)
     gateway = Gateway(config, handles)
-    gateway.checkpoints = folder / "remote"
+    gateway.admission.checkpoints = folder / "remote"
     await gateway.start()
     try:
         yield gateway

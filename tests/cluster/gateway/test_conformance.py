@@ -22,6 +22,7 @@ from protocols.losses import GRPOLoss, SFTLoss
 from protocols.messages import Prompt, SamplingParams
 from protocols.policy import (
     DetokenizeRequest,
+    EmbedRequest,
     PolicyConfig,
     PolicyService,
     SampleRequest,
@@ -64,6 +65,7 @@ CALLS: list[tuple[type[Service], str, Message]] = [
     (PolicyService, "detokenize", DetokenizeRequest(tokens=[[5, 6, 7]])),
     (PolicyService, "sample", SAMPLE),
     (PolicyService, "stream", SAMPLE),
+    (PolicyService, "embed", EmbedRequest(prompts=[Prompt(text=WORDS), Prompt(tokens=[3])])),
     (PolicyService, "score", ScoreRequest(sequences=[np.arange(1, 20)], temperature=0.7)),
     (
         PolicyService,
@@ -111,7 +113,7 @@ async def a_company(
     given = {"model": str(model), "init": "random", "threads": 1, "device": "cpu"}
     cluster = await Cluster(config, method="test", run="one").__aenter__()
     if cluster._gateway is not None:
-        cluster._gateway.checkpoints = cluster.directory.path / "remote"
+        cluster._gateway.admission.checkpoints = cluster.directory.path / "remote"
     policy = await cluster.policy(PolicyConfig.model_validate(given))
     verifier = await cluster.verifier(VerifierConfig(), policy)
     questioner = await cluster.questioner(QuestionerConfig(), policy)

@@ -188,7 +188,7 @@ async def test_hostile_requests(tmp_path: Path) -> None:
     assert {"OK", "INVALID_ARGUMENT", "UNAUTHENTICATED", "PERMISSION_DENIED", "RESOURCE_EXHAUSTED"} <= codes.keys()
     print(dict(codes), [round(one) for one in memory])
     assert memory[-1] - memory[0] < GROWTH_MB
-    assert all(lane.used == 0 and lane.waiting == 0 for lane in gateway.lanes.values())
+    assert all(lane.used == 0 and lane.waiting == 0 for lane in gateway.admission.lanes.values())
     policy = connect(gateway.address, PolicyService, credentials=Credentials(token="asker-token"))
     assert (await policy.info(Empty())).vocab_size > 0
     await cluster.__aexit__()

@@ -191,7 +191,7 @@ async def test_too_many_are_told_when_to_come_again(tmp_path: Path) -> None:
         running = asyncio.ensure_future(once.sample(a_request(max_tokens=90)))
         await transport.began.acquire()
         waiting = asyncio.ensure_future(once.sample(a_request(max_tokens=90)))
-        while not gateway.lanes["infer"].waiting:
+        while not gateway.admission.lanes["infer"].waiting:
             await asyncio.sleep(0)
         with pytest.raises(Exhausted, match="1 calls wait already") as refused:
             await once.sample(a_request(max_tokens=90))

@@ -27,17 +27,20 @@ class Served:
 
     process: "subprocess.Popen[str]"
     address: str
+    http: str
 
 
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[Served]:
-    command = [sys.executable, ROOT / "launch.py", "serve", "address=127.0.0.1:0", "policy.threads=1"]
+    keys = ["policy.threads=1", "address=127.0.0.1:0", "gateway.http=127.0.0.1:0"]
+    command = [sys.executable, ROOT / "launch.py", "serve", *keys]
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         line = process.stderr.readline()
-        found = re.fullmatch(r"serving at (grpc://127\.0\.0\.1:\d+); Ctrl-C stops\n", line)
+        host = r"://127\.0\.0\.1:\d+"
+        found = re.fullmatch(rf"serving at (grpc{host}) and (http{host}/v1); Ctrl-C stops\n", line)
         assert found, line + process.stderr.read()
-        yield Served(process, found[1])
+        yield Served(process, found[1], found[2])
         process.kill()
 
 
@@ -47,7 +50,7 @@ def launched(folder: Path, *words: str) -> "subprocess.CompletedProcess[str]":
 
 async def test_status_and_stop_finish_what_is_under_way(served: Served, tmp_path: Path) -> None:
     shown = launched(tmp_path, "status").stdout
-    assert shown.split() == ["serve", served.address, "process", str(served.process.pid)]
+    assert shown.split() == ["serve", served.address, served.http, "process", str(served.process.pid)]
     policy = connect(served.address, PolicyService, tries=1)
     request = SampleRequest(prompts=[Prompt(text="The text says", seed=1)], params=SamplingParams(max_tokens=900))
     stream = policy.stream(request)
@@ -93,7 +96,7 @@ def test_a_gateway_that_was_killed_is_not_up(served: Served, tmp_path: Path) -> 
     ],
 )
 def test_what_cannot_be_served_is_said_and_leaves_nothing(words: list[str], message: str, tmp_path: Path) -> None:
-    done = launched(tmp_path, "serve", "address=127.0.0.1:0", *words)
+    done = launched(tmp_path, "serve", "address=127.0.0.1:0", "gateway.http=127.0.0.1:0", *words)
     assert done.returncode == launch.BAD_INPUT
     assert done.stderr.startswith("error: ") and message in done.stderr
     assert not list(tmp_path.iterdir())

@@ -184,7 +184,7 @@ async def test_who_leaves_ends_the_call_in_the_actor(tmp_path: Path) -> None:
                 await send(SAMPLE, to_bytes(a_request()), timeout=0.05)
             assert failed.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
         await transport.cancelled.acquire()
-        assert gateway.lanes["infer"].used == 0
+        assert gateway.admission.lanes["infer"].used == 0
 
 
 async def test_what_was_accepted_is_finished_when_the_gateway_stops(tmp_path: Path) -> None:
@@ -249,7 +249,7 @@ async def test_paths_stay_inside(path: str, tmp_path: Path) -> None:
 
 async def test_nothing_is_saved_before_there_is_a_place_for_it(tmp_path: Path) -> None:
     async with a_gateway({"policy": a_handle(Scripted())}, tmp_path) as gateway:
-        gateway.checkpoints = None
+        gateway.admission.checkpoints = None
         with pytest.raises(Unavailable, match="nothing can be saved or loaded before the run has begun"):
             await connect(gateway.address, PolicyService).save(CheckpointRequest(path="a"))
         assert not (tmp_path / "remote").exists()
@@ -330,7 +330,7 @@ async def test_metrics(tmp_path: Path) -> None:
         under_way = asyncio.ensure_future(policy.sample(a_request(max_tokens=100)))
         for _ in range(3):
             await transport.began.acquire()
-        text = gateway.metrics.text().decode()
+        text = gateway.admission.metrics.text().decode()
         assert 'repertory_calls_total{code="OK",method="PolicyService.sample"} 1.0' in text
         assert 'repertory_calls_total{code="FAILED_PRECONDITION",method="PolicyService.sample"} 1.0' in text
         assert 'repertory_call_seconds_count{method="PolicyService.sample"} 2.0' in text
