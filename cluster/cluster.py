@@ -83,6 +83,9 @@ class Cluster:
 
         self._gateway = Gateway(config, self._handles)
         try:
+            if self.config.transport == "ray":
+                # It forks processes, which may never begin where gRPC's threads are at work.
+                self._connect()
             await self._gateway.start()
         except BaseException:
             await self._open.aclose()
