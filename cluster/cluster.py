@@ -97,6 +97,8 @@ class Cluster:
 
     async def policy(self, config: PolicyConfig, *, name: str = "policy") -> PolicyService:
         """A policy. One with a trainer is part of every commit; a frozen one has nothing to commit."""
+        if config.at is not None:
+            return await self._remote_policy(config, name)
         if config.trainer is not None and config.resources.replicas > 1:
             raise BadInput(f"{name}.resources.replicas: a policy that trains has one replica (see sampler.replicas)")
         if config.split and config.sampler.sleep and self.config.gateway is not None:
@@ -117,6 +119,17 @@ class Cluster:
 
         commit = config.trainer is not None
         return await self._spawn(PolicyService, name, build, config.sampler_resources, commit=commit)
+
+    async def _remote_policy(self, config: PolicyConfig, name: str) -> PolicyService:
+        """A policy that goes on when this run ends."""
+        from cluster.remote import remote_policy
+
+        self._reserve(name)
+        policy = await remote_policy(name, config, self._run, self.config.keep_checkpoints, self.config.deadline_s)
+        self._handles[name] = policy
+        if config.trainer is not None:
+            self._committed[name] = policy
+        return policy
 
     async def _split_policy(self, config: PolicyConfig, name: str) -> PolicyService:
         """A policy whose samplers and trainer ranks are processes of their own."""

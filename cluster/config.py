@@ -30,6 +30,11 @@ class MethodConfig(Message):
     # The same inside of a policy's configuration: where it runs, and over how many processes.
     POLICY_MAY_CHANGE: ClassVar[frozenset[str]] = frozenset(
         {
+            "at.address",
+            "at.token_file",
+            "at.root_certificate",
+            "at.certificate",
+            "at.key",
             "resources",
             "trainer.workers",
             "trainer.zero_stage",

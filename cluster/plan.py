@@ -243,7 +243,8 @@ def _gpus_for(wanted: float, free: Sequence[float]) -> list[int] | None:
 
 def plan(config: MethodConfig, policies: Mapping[str, PolicyConfig], nodes: Sequence[Node]) -> list[Placed]:
     """Where each process of the policies goes. The actors of other kinds hold no weights and take no core."""
-    wanted = [one for name, policy in policies.items() for one in processes(name, policy, size_of(policy))]
+    here = {name: policy for name, policy in policies.items() if policy.at is None}
+    wanted = [one for name, policy in here.items() for one in processes(name, policy, size_of(policy))]
     return place(wanted, nodes, inline=config.transport == "inline")
 
 

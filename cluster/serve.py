@@ -13,6 +13,13 @@ from protocols.questioner import QuestionerConfig
 from protocols.verifier import VerifierConfig
 
 
+class ServedGateway(GatewayConfig):
+    """A gateway with both doors."""
+
+    http: str = "127.0.0.1:8000"
+    """HOST:PORT of a second door that speaks OpenAI's HTTP API; empty: none."""
+
+
 class Config(MethodConfig):
     """Which actors serve, and how the gateway listens."""
 
@@ -28,7 +35,7 @@ class Config(MethodConfig):
     """A verifier over the policy; null: none."""
     questioner: QuestionerConfig | None = None
     """A questioner over the policy; null: none."""
-    gateway: GatewayConfig = GatewayConfig(http="127.0.0.1:8000")
+    gateway: ServedGateway = ServedGateway()
     """Where and how callers reach them."""
 
 

@@ -139,7 +139,7 @@ async def make_policy(cluster: Cluster, config: Config) -> tuple[PolicyService, 
 
 def policies(config: Config) -> dict[str, PolicyConfig]:
     """The models that a run loads, by the name of their actor."""
-    frozen = config.policy.model_copy(update={"trainer": None, "lora": None})
+    frozen = config.policy.model_copy(update={"trainer": None, "lora": None, "at": None})
     found = {"policy": config.policy}
     if config.loss.kl_coef:
         found["reference"] = frozen

@@ -104,8 +104,29 @@ class SamplerConfig(Message):
         return self
 
 
+class RemoteConfig(Message):
+    """A policy that serves already, behind a gateway."""
+
+    address: str
+    """grpc://HOST:PORT of the gateway, or grpcs://HOST:PORT."""
+    actor: str = ""
+    """Name of the policy there, where it has several."""
+    token_file: str = ""
+    """File with the bearer token, which is thus not written into the run's folder."""
+    root_certificate: str = ""
+    """File of the certificate authority to trust, PEM; empty: those of the system."""
+    certificate: str = ""
+    """File of the run's own certificate, PEM, where the gateway asks for one."""
+    key: str = ""
+    """File of its key."""
+
+
 class PolicyConfig(Message):
     """A policy actor."""
+
+    at: RemoteConfig | None = None
+    """Use the policy that serves there instead of starting one: `model` must be its model, `trainer` says whether it
+    learns, and all other keys are its own."""
 
     model: str = "embedded"
     """Hugging Face model name or path, or `embedded`: the small checkpoint that comes with the package."""
@@ -132,7 +153,7 @@ class PolicyConfig(Message):
     @property
     def split(self) -> bool:
         """Whether sampler and trainer live apart instead of sharing one module in one process."""
-        if self.trainer is None:
+        if self.trainer is None or self.at is not None:
             return False
         return (
             self.trainer.engine != "torch"
