@@ -5,6 +5,7 @@ launch.py METHOD --help                            all keys of a method
 launch.py plan METHOD [--config FILE] [key=value ...]  what a run would start, where it goes, what does not fit
 launch.py report RUN                               write a run's report anew
 launch.py serve [--config FILE] [key=value ...]    actors behind a gateway, until they are told to stop
+launch.py serve --detach [...]                     the same, without this terminal
 launch.py status                                   runs of this machine whose gateway is up
 launch.py stop RUN                                 end such a run; calls under way are finished
 launch.py token NAME [ROLE ...]                    a new token for a caller, and its entry in the file of tokens
@@ -76,6 +77,8 @@ def _dispatch(words: list[str]) -> int:
             raise BadInput("plan: expected a method and its keys")
         words = words[1:]
         command = words[0]
+    if command == "serve" and "--detach" in words:
+        return _detached([word for word in words if word != "--detach"])
     if command == "serve":
         return _method(command, words[1:], only_plan=only_plan, path="cluster.serve")
     if command not in method_summaries():
@@ -148,6 +151,13 @@ def _gateways(command: str, words: list[str]) -> int:
     for one in running(folder):
         print(f"{one.run:20} {one.address:30} {one.http or '-':30} process {one.pid}")
     return 0
+
+
+def _detached(words: list[str]) -> int:
+    """Serve in a process of its own, and return when it is up or has failed."""
+    from cluster.gateway.running import detach
+
+    return detach([sys.executable, os.path.abspath(__file__), *words])
 
 
 def _token(words: list[str]) -> int:

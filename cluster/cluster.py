@@ -195,10 +195,11 @@ class Cluster:
         names = [f"{name}-{i}" for i in range(workers)]
         self._reserve(name)
         if self.config.transport == "ray":
-            from cluster.ray_transport import spawn_group
+            from cluster.ray_transport import Part, spawn_group
 
+            part = Part(handle=name, service=TrainerService.__name__)
             self._started[name] += await spawn_group(
-                names, self._run, build, resources, self.config.deadline_s, places
+                names, self._run, part, build, resources, self.config.deadline_s, places
             )
         else:
             self._started[name].append(await self._start_inline(names[0], lambda: build(Rank())))
@@ -245,8 +246,9 @@ class Cluster:
         names = [name] if count == 1 else [f"{name}-{i}" for i in range(count)]
         self._reserve(name)
         try:
-            for replica, place in zip(names, places or [None] * count, strict=True):
-                self._started[name].append(await self._start_one(replica, build, resources, place))
+            for index, (replica, place) in enumerate(zip(names, places or [None] * count, strict=True)):
+                part = (name, service, index)
+                self._started[name].append(await self._start_one(replica, part, build, resources, place))
         except BaseException:
             await self.stop(name)
             raise
@@ -266,11 +268,21 @@ class Cluster:
         self._started[name] = []
         self._open.push_async_callback(self.stop, name)
 
-    async def _start_one(self, name: str, build: Callable[[], Actor], resources: Resources, place: Any) -> Transport:
+    async def _start_one(
+        self,
+        name: str,
+        part: tuple[str, type[Service], int],
+        build: Callable[[], Actor],
+        resources: Resources,
+        place: Any,
+    ) -> Transport:
+        """Start one actor; `part`: the handle that it stands behind, its service, and its place there."""
         if self.config.transport == "ray":
-            from cluster.ray_transport import spawn
+            from cluster.ray_transport import Part, spawn
 
-            return await spawn(name, self._run, build, resources, self.config.deadline_s, place)
+            handle, service, index = part
+            role = Part(handle=handle, service=service.__name__, index=index)
+            return await spawn(name, self._run, role, build, resources, self.config.deadline_s, place)
         return await self._start_inline(name, build)
 
     async def _start_inline(self, name: str, build: Callable[[], Actor]) -> Transport:
@@ -305,6 +317,25 @@ class Cluster:
                 await stop(transport)
         self._handles.pop(name, None)
         self._committed.pop(name, None)
+
+    async def attach(self, run: str) -> None:
+        """Reach the actors of another run in this Ray cluster, which owns them. Raises BadInput when it has none."""
+        from cluster.ray_transport import find
+        from protocols.codegen import services
+
+        if not os.environ.get("RAY_ADDRESS"):
+            raise BadInput("attach: set RAY_ADDRESS to the Ray cluster of the run")
+        self._connect()
+        published = {service.__name__: service for service in services()}
+        behind: dict[str, list[Transport]] = {}
+        for transport, part in await find(run):
+            # Samplers and ranks are the business of their policy.
+            if part.service in published:
+                behind.setdefault(part.handle, []).append(transport)
+                target = behind[part.handle]
+                reached = target[0] if len(target) == 1 else Replicas(part.handle, target)
+                service = published[part.service]
+                self._handles[part.handle] = make_handle(service, reached, self.config.deadline_s)
 
     async def serve_until_stopped(self, announce: Callable[[str], None]) -> None:
         """Keep the actors up for callers of the gateway; give its address away first."""

@@ -29,12 +29,28 @@ PLACE_QUIETLY, CLOSE, REACH = 30.0, 10.0, 10.0
 logger = logging.getLogger(__name__)
 
 
+class Part(Message):
+    """What a Ray actor is to its run."""
+
+    handle: str
+    """Name of the handle that it stands behind, perhaps with others."""
+    service: str
+    """Class of the handle's service."""
+    index: int = 0
+    """Which of the actors behind the handle."""
+
+
 class ActorHost:
     """Runs inside the Ray actor. Errors go back as values, because Ray would change their type and text."""
 
-    def __init__(self, build: Callable[..., Actor]) -> None:
+    def __init__(self, build: Callable[..., Actor], part: Part) -> None:
         self._build = build
-        self._actor: Actor
+        self._part = part
+        self._actor: Actor | None = None
+
+    async def part(self) -> Part:
+        """What it is to its run."""
+        return self._part
 
     async def meeting_point(self) -> str:
         """HOST:PORT on this node where a group of workers can meet."""
@@ -47,31 +63,39 @@ class ActorHost:
     async def start(self, *arguments: Message) -> RepertoryError | None:
         """Build the actor and set it up; an error is returned."""
         try:
-            self._actor = self._build(*arguments)
-            await start(self._actor)
+            actor = self._build(*arguments)
+            await start(actor)
         # Building imports what the actor needs, which may fail in any way.
         except Exception as error:  # noqa: BLE001
             return classify(error)
+        self._actor = actor
         return None
 
     async def call(self, method: str, request: Message) -> Message | RepertoryError:
         """One call; an error is returned."""
         try:
-            return await answer(self._actor, method, request)
+            return await answer(self._up(), method, request)
         except RepertoryError as error:
             return error
 
     async def stream(self, method: str, request: Message) -> AsyncGenerator[Message | RepertoryError, None]:
         """One streaming call; an error is the last item."""
         try:
-            async for item in answer_stream(self._actor, method, request):
+            async for item in answer_stream(self._up(), method, request):
                 yield item
         except RepertoryError as error:
             yield error
 
+    def _up(self) -> Actor:
+        # Whoever finds it by its name may come before it is.
+        if self._actor is None:
+            raise Unavailable(f"the actor {self._part.handle!r} is being set up")
+        return self._actor
+
     async def close(self) -> None:
         """Let the actor give back what it took."""
-        await self._actor.close()
+        if self._actor is not None:
+            await self._actor.close()
 
 
 @dataclass(frozen=True)
@@ -128,7 +152,15 @@ class RayTransport:
         return classify(error)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return RayTransport, (self.name, self.namespace)
+        return type(self), (self.name, self.namespace)
+
+
+class BorrowedTransport(RayTransport):
+    """Reaches an actor that another process has started, and may start again under the same name."""
+
+    def _translated(self, error: Exception) -> RepertoryError:
+        self.__dict__.pop("_host", None)
+        return super()._translated(error)
 
 
 @dataclass(frozen=True)
@@ -171,13 +203,14 @@ def release(group: Any) -> None:
 async def spawn(
     name: str,
     namespace: str,
+    part: Part,
     build: Callable[[], Actor],
     resources: Resources,
     deadline_s: float = 3600.0,
     place: Place | None = None,
 ) -> RayTransport:
     """Start a named Ray actor and set up what it hosts, within the deadline. Raises what the set-up raised."""
-    transport = _create(name, namespace, build, resources, place)
+    transport = _create(name, namespace, part, build, resources, place)
     await _or_kill([transport], _set_up(transport, resources, deadline_s))
     return transport
 
@@ -185,6 +218,7 @@ async def spawn(
 async def spawn_group(
     names: Sequence[str],
     namespace: str,
+    part: Part,
     build: Callable[[Rank], Actor],
     resources: Resources,
     deadline_s: float = 3600.0,
@@ -192,7 +226,10 @@ async def spawn_group(
 ) -> list[RayTransport]:
     """Start the ranks of a worker group: all must be placed before the first sets up, which waits for the others."""
     where = places or [None] * len(names)
-    transports = [_create(name, namespace, build, resources, place) for name, place in zip(names, where, strict=True)]
+    transports = [
+        _create(name, namespace, part.model_copy(update={"index": i}), build, resources, where[i])
+        for i, name in enumerate(names)
+    ]
 
     async def set_up() -> None:
         async with asyncio.timeout(deadline_s), asyncio.TaskGroup() as group:
@@ -211,7 +248,7 @@ async def spawn_group(
 
 
 def _create(
-    name: str, namespace: str, build: Callable[..., Actor], resources: Resources, place: Place | None
+    name: str, namespace: str, part: Part, build: Callable[..., Actor], resources: Resources, place: Place | None
 ) -> RayTransport:
     import ray
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -228,7 +265,7 @@ def _create(
             place.group, placement_group_bundle_index=place.bundle
         )
     try:
-        host = ray.remote(ActorHost).options(**options).remote(build)
+        host = ray.remote(ActorHost).options(**options).remote(build, part)
     except ray.exceptions.ActorAlreadyExistsError:
         raise BadInput(
             f"run: the actor {name!r} of the run {namespace!r} is at work in this Ray cluster already;"
@@ -294,6 +331,23 @@ def _warned(who: str, resources: Resources) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+
+
+async def find(namespace: str) -> list[tuple[BorrowedTransport, Part]]:
+    """The actors of a run that is up in this Ray cluster, and what they are to it.
+
+    Raises BadInput when there are none.
+    """
+    import ray.util
+
+    known = ray.util.list_named_actors(all_namespaces=True)
+    names = [one["name"] for one in known if one["namespace"] == namespace]
+    if not names:
+        runs = ", ".join(sorted({one["namespace"] for one in known})) or "none"
+        raise BadInput(f"attach: no run {namespace!r} has actors in this Ray cluster; runs there: {runs}")
+    transports = [BorrowedTransport(name, namespace) for name in names]
+    parts = await asyncio.gather(*(transport._host.part.remote() for transport in transports))
+    return sorted(zip(transports, parts, strict=True), key=lambda one: (one[1].handle, one[1].index))
 
 
 async def stop(transport: RayTransport) -> None:

@@ -8,6 +8,7 @@ from pydantic import Field
 from cluster.cluster import Cluster
 from cluster.config import MethodConfig
 from cluster.gateway.config import GatewayConfig
+from cluster.gateway.running import SERVING
 from protocols.policy import PolicyConfig
 from protocols.questioner import QuestionerConfig
 from protocols.verifier import VerifierConfig
@@ -24,11 +25,15 @@ class Config(MethodConfig):
     """Which actors serve, and how the gateway listens."""
 
     # Nothing is continued.
-    MAY_CHANGE: ClassVar[frozenset[str]] = frozenset({*MethodConfig.model_fields, "policy", "verifier", "questioner"})
+    MAY_CHANGE: ClassVar[frozenset[str]] = frozenset(
+        {*MethodConfig.model_fields, "attach", "policy", "verifier", "questioner"}
+    )
     SHORTCUTS: ClassVar[dict[str, str]] = {"model": "policy.model", "address": "gateway.address"}
 
     run: str = Field(default="serve", pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")
     """Name of the folder under runs_dir that holds the log, and what callers save."""
+    attach: str = ""
+    """Name of a run that is up on Ray (RAY_ADDRESS): serve its actors, which stay the run's, instead of own ones."""
     policy: PolicyConfig = PolicyConfig(trainer=None)
     """The policy; with a trainer it can be trained by callers."""
     verifier: VerifierConfig | None = VerifierConfig()
@@ -41,14 +46,17 @@ class Config(MethodConfig):
 
 def policies(config: Config) -> dict[str, PolicyConfig]:
     """What the plan counts."""
-    return {"policy": config.policy}
+    return {} if config.attach else {"policy": config.policy}
 
 
 async def run(cluster: Cluster, config: Config) -> None:
     """Start the actors and answer until the process is told to stop."""
-    policy = await cluster.policy(config.policy)
-    if config.verifier is not None:
-        await cluster.verifier(config.verifier, policy)
-    if config.questioner is not None:
-        await cluster.questioner(config.questioner, policy)
-    await cluster.serve_until_stopped(lambda where: print(f"serving at {where}; Ctrl-C stops", file=sys.stderr))
+    if config.attach:
+        await cluster.attach(config.attach)
+    else:
+        policy = await cluster.policy(config.policy)
+        if config.verifier is not None:
+            await cluster.verifier(config.verifier, policy)
+        if config.questioner is not None:
+            await cluster.questioner(config.questioner, policy)
+    await cluster.serve_until_stopped(lambda where: print(f"{SERVING}{where}; Ctrl-C stops", file=sys.stderr))

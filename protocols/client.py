@@ -8,6 +8,7 @@ is for programs without an event loop.
 """
 
 import asyncio
+import ipaddress
 import random
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
@@ -61,18 +62,34 @@ def connect(
 ) -> S:
     """A handle to an actor behind a gateway; nothing is sent before the first call.
 
-    `address`: grpc://HOST:PORT, or grpcs://HOST:PORT for TLS. `actor`: its name, where there are several of a kind.
+    `address`: grpc://HOST:PORT, or grpcs://HOST:PORT for TLS. Where HOST has several addresses, or several
+    IP:PORT are given with commas between, calls go to them in turn, and past those that are down.
+    `actor`: its name, where there are several of a kind.
     `tries`: how often a safe call is made while the gateway is unavailable or has no room. Raises BadInput for an
     address of another form.
     """
-    scheme, separator, target = address.partition("://")
-    if scheme not in ("grpc", "grpcs") or not separator or not target.rpartition(":")[2].isdecimal():
+    scheme, _, target = address.partition("://")
+    places = target.split(",")
+    if scheme not in ("grpc", "grpcs") or not all(place.rpartition(":")[2].isdecimal() for place in places):
         raise BadInput(f"address: got {address!r}, expected grpc://HOST:PORT or grpcs://HOST:PORT")
+    if len(places) > 1:
+        # gRPC has names for several addresses of one kind, and none for several hosts.
+        if not all(_is_ip(place) for place in places):
+            raise BadInput(f"address: got {address!r}, expected IP:PORT where there are several")
+        target = f"ipv{6 if '[' in target else 4}:{target}"
     token = credentials.token if credentials else ""
     if not all("!" <= letter <= "~" for letter in token):
         raise BadInput("credentials.token: expected printable ASCII without blanks")
     transport = GrpcTransport(target, name_of(service), actor, scheme == "grpcs", credentials or Credentials(), tries)
     return make_handle(service, transport, deadline_s)
+
+
+def _is_ip(place: str) -> bool:
+    try:
+        ipaddress.ip_address(place.rpartition(":")[0].strip("[]"))
+    except ValueError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -130,7 +147,11 @@ class GrpcTransport:
     def _channel(self) -> Any:
         loop = asyncio.get_running_loop()
         if loop not in self._channels:
-            options = [("grpc.max_receive_message_length", MESSAGE_BYTES), ("grpc.max_send_message_length", -1)]
+            options = [
+                ("grpc.max_receive_message_length", MESSAGE_BYTES),
+                ("grpc.max_send_message_length", -1),
+                ("grpc.lb_policy_name", "round_robin"),
+            ]
             if self.tls:
                 channel = grpc.aio.secure_channel(self.target, self._tls(), options)
             else:

@@ -95,7 +95,9 @@ class GrpcServer:
             with self._watched(service, method, context) as call:
                 try:
                     async with self._admitted(service, method, data, context, call) as (handle, request):
-                        return to_bytes(await getattr(handle, method.name)(request))
+                        response = await getattr(handle, method.name)(request)
+                        self._admission.metrics.drew(call.method, response)
+                        return to_bytes(response)
                 # Whatever it is, the caller is to get it as a status.
                 except Exception as error:
                     await self._refuse(call, context, error)
@@ -112,6 +114,7 @@ class GrpcServer:
                         aclosing(getattr(handle, method.name)(request)) as items,
                     ):
                         async for item in items:
+                            self._admission.metrics.drew(call.method, item)
                             await self._written(to_bytes(item), context)
                 # As above.
                 except Exception as error:  # noqa: BLE001

@@ -3,25 +3,29 @@
 from collections.abc import Callable, Mapping
 from functools import partial
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
 from cluster.gateway.limits import Lane
+from protocols.policy import SampleDelta, SampleResponse
 
 SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 
 
 class Metrics:
-    """Calls by method and code, their seconds, and what runs and waits in each lane."""
+    """Calls by method and code, their seconds and drawn tokens, and what runs and waits in each lane."""
 
     def __init__(self, lanes: Mapping[str, Lane]) -> None:
-        self._registry = CollectorRegistry()
-        self._calls = Counter("repertory_calls", "Calls that ended.", ["method", "code"], registry=self._registry)
+        self.registry = CollectorRegistry()
+        self._calls = Counter("repertory_calls", "Calls that ended.", ["method", "code"], registry=self.registry)
         self._seconds = Histogram(
             "repertory_call_seconds", "Time of a call, waiting included.", ["method"], buckets=SECONDS,
-            registry=self._registry,
+            registry=self.registry,
         )  # fmt: skip
-        waiting = Gauge("repertory_waiting_calls", "Calls that wait.", ["lane"], registry=self._registry)
-        used = Gauge("repertory_tokens", "Estimated tokens under way.", ["lane"], registry=self._registry)
+        self._drawn = Counter(
+            "repertory_drawn_tokens", "Tokens that policies drew for callers.", ["method"], registry=self.registry
+        )
+        waiting = Gauge("repertory_waiting_calls", "Calls that wait.", ["lane"], registry=self.registry)
+        used = Gauge("repertory_tokens", "Estimated tokens under way.", ["lane"], registry=self.registry)
         for name, lane in lanes.items():
             waiting.labels(name).set_function(partial(getattr, lane, "waiting"))
             used.labels(name).set_function(partial(getattr, lane, "used"))
@@ -31,9 +35,17 @@ class Metrics:
         self._calls.labels(method, code).inc()
         self._seconds.labels(method).observe(seconds)
 
+    def drew(self, method: str, answer: object) -> None:
+        """Count the tokens that were drawn for an answer, or for a piece of one."""
+        if isinstance(answer, SampleDelta):
+            self._drawn.labels(method).inc(len(answer.tokens))
+        elif isinstance(answer, SampleResponse):
+            completions = (one for result in answer.results for one in result.completions)
+            self._drawn.labels(method).inc(sum(len(one.tokens) for one in completions))
+
     def serve(self, host: str, port: int) -> Callable[[], None]:
         """Answer Prometheus at an address; what is returned ends it. Raises OSError when the address is taken."""
-        server, thread = start_http_server(port, host, self._registry)
+        server, thread = start_http_server(port, host, self.registry)
 
         def end() -> None:
             server.shutdown()
@@ -41,7 +53,3 @@ class Metrics:
             thread.join()
 
         return end
-
-    def text(self) -> bytes:
-        """All of them in Prometheus' text format."""
-        return bytes(generate_latest(self._registry))

@@ -74,6 +74,11 @@ class Asked(Message):
     user: str | None = None
     """No bearing on the answer."""
 
+    @property
+    def usage(self) -> bool:
+        """Whether a stream ends with a count of its tokens."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
     def params(self, longest: int, structure: Structure | None = None) -> SamplingParams:
         """How to draw. Raises ValidationError that names the field."""
         given = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}

@@ -1,6 +1,7 @@
 """The gateway's second door: the part of OpenAI's HTTP API that policies can answer."""
 
 import asyncio
+import contextlib
 import json
 import ssl
 import time
@@ -205,6 +206,7 @@ class OpenAIServer:
     ) -> web.Response:
         async with self._room(request, answering.sample) as sample:
             response = await answering.policy.sample(sample)
+            self._admission.metrics.drew(request.call.method, response)
             for result in response.results:
                 for one in result.completions:
                     await answering.learn(one.tokens)
@@ -221,10 +223,10 @@ class OpenAIServer:
         """Send chunks as server-sent events; what fails before the first is answered as a status."""
         headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", REQUEST_ID: request.call.id}
         response = web.StreamResponse(headers=headers)
-        count = bool(asked.stream_options and asked.stream_options.include_usage)
+        drew = partial(self._admission.metrics.drew, request.call.method)
         async with (
             self._room(request, answering.sample),
-            aclosing(answering.deltas(count)) as deltas,
+            aclosing(answering.deltas(asked.usage, drew)) as deltas,
             aclosing(chunked(deltas, answering.texts)) as chunks,
         ):
             chunk = await anext(chunks)
@@ -233,7 +235,7 @@ class OpenAIServer:
                 await self._written(response, chunk.model_dump_json(exclude_unset=True))
                 async for chunk in chunks:
                     await self._written(response, chunk.model_dump_json(exclude_unset=True))
-                if count:
+                if asked.usage:
                     last = chunk.model_copy(update={"choices": [], "usage": answering.usage})
                     await self._written(response, last.model_dump_json(exclude_unset=True))
                 await self._written(response, "[DONE]")
@@ -245,7 +247,8 @@ class OpenAIServer:
                     request.http.transport.abort()
             # The status has been sent: what fails now is an event.
             except Exception as error:  # noqa: BLE001
-                await self._written(response, json.dumps(body_of(request.call.failed(error))))
+                with contextlib.suppress(ConnectionError, TimeoutError):
+                    await self._written(response, json.dumps(body_of(request.call.failed(error))))
         return response
 
     async def _written(self, response: web.StreamResponse, data: str) -> None:
@@ -280,14 +283,15 @@ class Answering:
             found = await self.policy.detokenize(DetokenizeRequest.model_validate({"tokens": [[t] for t in new]}))
             self.texts |= zip(new, found.texts, strict=True)
 
-    async def deltas(self, count: bool) -> AsyncGenerator[SampleDelta, None]:
-        """The answer as it grows; `count`: the prompts' tokens too."""
+    async def deltas(self, count: bool, drew: Callable[[SampleDelta], None]) -> AsyncGenerator[SampleDelta, None]:
+        """The answer as it grows; `drew` is told of each piece. `count`: count the prompts' tokens too."""
         if count:
             prompts = await self.policy.tokenize(TokenizeRequest(prompts=self.sample.prompts))
             self.read = sum(map(len, prompts.tokens))
         async with aclosing(cast(AsyncGenerator[SampleDelta, None], self.policy.stream(self.sample))) as deltas:
             async for delta in deltas:
                 self.drawn += len(delta.tokens)
+                drew(delta)
                 await self.learn(delta.tokens)
                 yield delta
 

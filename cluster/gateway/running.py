@@ -6,6 +6,9 @@ import logging
 import os
 import signal
 import socket
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +18,7 @@ from cluster.run_directory import held
 from protocols.errors import BadInput, DeadlineExceeded
 
 GATEWAY_FILE = "gateway.json"
+SERVING = "serving at "
 POLL = 0.1
 
 
@@ -75,3 +79,22 @@ def stop(runs_dir: Path, run: str, deadline_s: float) -> Running:
             raise DeadlineExceeded(f"{run} (process {up[run].pid}) did not end within {deadline_s:g} s")
         time.sleep(POLL)
     return up[run]
+
+
+def detach(command: list[str]) -> int:
+    """Start a command that serves and let it go on alone once it says so. Returns 0, or the code that it ended with.
+
+    What it says later goes to the log that is named.
+    """
+    with tempfile.NamedTemporaryFile("w+", prefix="repertory-serve-", suffix=".log", delete=False) as log:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        said = Path(log.name)
+    while SERVING not in (text := said.read_text("utf-8")):
+        if (code := process.poll()) is not None:
+            sys.stderr.write(said.read_text("utf-8"))
+            said.unlink()
+            return code
+        time.sleep(POLL)
+    line = next(line for line in text.splitlines() if SERVING in line)
+    print(f"{line.partition(';')[0]}; `launch.py stop` ends it, {said} is its log", file=sys.stderr)
+    return 0

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from cluster.cluster import Cluster
+from cluster.config import MethodConfig
 from cluster.configure import configure
 from methods import spell
+from methods.worlds.ledger_base import ledger_base
 from protocols.client import connect
 from protocols.messages import Prompt, SamplingParams
 from protocols.policy import PolicyService, SampleRequest
@@ -57,3 +59,18 @@ async def test_eight_clients_during_a_run_change_nothing_in_it(tmp_path: Path) -
     log = (tmp_path / "served" / "gateway.log").read_text()
     assert log.count("method=PolicyService.sample code=OK") >= CLIENTS
     assert log.count("\n") == log.count("code=OK")
+
+
+@pytest.mark.slow
+async def test_a_policy_that_serves_already_gives_the_same_run(tmp_path: Path) -> None:
+    alone, _ = await play(tmp_path, "alone")
+    config = configure(spell.Config, (*SMALL, f"runs_dir={tmp_path}"), None, spell.preset)
+    given = {"runs_dir": str(tmp_path), "gateway": {"address": "127.0.0.1:0"}}
+    async with Cluster(MethodConfig.model_validate(given), method="serve", run="serve") as cluster:
+        base = await ledger_base(cluster, config.ledger, config.policy, config.seed)
+        await cluster.policy(config.policy.model_copy(update={"model": base}))
+        gateway = cluster._gateway
+        assert gateway is not None
+        gateway.admission.checkpoints = cluster.directory.path / "remote"
+        over, _ = await play(tmp_path, "over", f"policy.at.address={gateway.address}")
+    assert json.dumps(over) == json.dumps(alone)

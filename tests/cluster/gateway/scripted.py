@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+from prometheus_client import generate_latest
 
 from cluster.gateway.config import GatewayConfig
 from cluster.gateway.gateway import Gateway
@@ -98,6 +99,11 @@ async def a_gateway(handles: dict[str, Service], folder: Path, **given: Any) -> 
         yield gateway
     finally:
         await gateway.close()
+
+
+def counters(gateway: Gateway) -> str:
+    """What Prometheus would read."""
+    return str(generate_latest(gateway.admission.metrics.registry).decode())
 
 
 def a_request(seed: int = 1, **params: Any) -> SampleRequest:

@@ -21,7 +21,7 @@ from protocols.errors import Internal
 from protocols.messages import FinishReason, Prompt, SamplingParams
 from protocols.policy import EmbedRequest, PolicyConfig, PolicyService, SampleRequest, TokenizeRequest
 from protocols.service import Empty, Service
-from tests.cluster.gateway.scripted import COMPLETION, DELTA, Scripted, a_gateway, a_handle
+from tests.cluster.gateway.scripted import COMPLETION, DELTA, Scripted, a_gateway, a_handle, counters
 
 HTTP = {"http": "127.0.0.1:0"}
 CHAT: list[Any] = [{"role": "user", "content": "Alpha has 3 bonds."}]
@@ -368,8 +368,11 @@ async def test_calls_are_counted_and_logged_without_prompts(tmp_path: Path, capl
         a_client(gateway) as client,
     ):
         await client.completions.create(model="policy", prompt="secret", extra_headers={"x-request-id": "r1"})
-        text = gateway.admission.metrics.text().decode()
-    assert 'repertory_calls_total{code="OK",method="openai.completions"} 1.0' in text
+        async for _ in await client.completions.create(model="policy", prompt="secret", stream=True):
+            pass
+        text = counters(gateway)
+    assert 'repertory_calls_total{code="OK",method="openai.completions"} 2.0' in text
+    assert 'repertory_drawn_tokens_total{method="openai.completions"} 3.0' in text
     (line,) = [record.getMessage() for record in caplog.records if "id=r1" in record.getMessage()]
     assert "caller=anyone method=openai.completions code=OK" in line
     assert "secret" not in caplog.text

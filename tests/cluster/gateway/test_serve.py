@@ -69,6 +69,29 @@ async def test_status_and_stop_finish_what_is_under_way(served: Served, tmp_path
     assert launched(tmp_path, "status").stdout == ""
 
 
+async def test_detached_it_outlives_whoever_started_it(tmp_path: Path) -> None:
+    keys = ["policy.threads=1", "address=127.0.0.1:0", "gateway.http="]
+    started = launched(tmp_path, "serve", "--detach", *keys)
+    assert started.returncode == 0, started.stderr
+    found = re.fullmatch(
+        r"serving at (grpc://127\.0\.0\.1:\d+); `launch\.py stop` ends it, (\S+) is its log\n", started.stderr
+    )
+    assert found, started.stderr
+    log = Path(found[2])
+    try:
+        policy = connect(found[1], PolicyService, tries=1)
+        request = SampleRequest(prompts=[Prompt(text="The text says", seed=1)], params=SamplingParams(max_tokens=4))
+        assert len((await policy.sample(request)).results) == 1
+        assert launched(tmp_path, "status").stdout.split()[:3] == ["serve", found[1], "-"]
+        assert launched(tmp_path, "stop", "serve").returncode == 0
+        assert log.read_text().splitlines()[-1] == "stopped"
+    finally:
+        log.unlink()
+    failed = launched(tmp_path, "serve", "--detach", "model=nowhere/at/all")
+    assert failed.returncode == launch.BAD_INPUT
+    assert failed.stderr.startswith("error: ") and "'nowhere/at/all' does not exist" in failed.stderr
+
+
 async def test_ctrl_c_and_again(served: Served, tmp_path: Path) -> None:
     served.process.send_signal(signal.SIGINT)
     assert served.process.wait() == 0

@@ -34,7 +34,7 @@ from protocols.questioner import HistoryRequest, QuestionerService
 from protocols.questions import Task
 from protocols.service import CheckpointRequest, Empty, Service
 from protocols.wire import to_bytes
-from tests.cluster.gateway.scripted import ANSWERS, DELTA, Scripted, a_gateway, a_handle, a_request, raw
+from tests.cluster.gateway.scripted import ANSWERS, DELTA, Scripted, a_gateway, a_handle, a_request, counters, raw
 
 SAMPLE = "PolicyService/Sample"
 
@@ -330,10 +330,11 @@ async def test_metrics(tmp_path: Path) -> None:
         under_way = asyncio.ensure_future(policy.sample(a_request(max_tokens=100)))
         for _ in range(3):
             await transport.began.acquire()
-        text = gateway.admission.metrics.text().decode()
+        text = counters(gateway)
         assert 'repertory_calls_total{code="OK",method="PolicyService.sample"} 1.0' in text
         assert 'repertory_calls_total{code="FAILED_PRECONDITION",method="PolicyService.sample"} 1.0' in text
         assert 'repertory_call_seconds_count{method="PolicyService.sample"} 2.0' in text
+        assert 'repertory_drawn_tokens_total{method="PolicyService.sample"} 1.0' in text
         assert 'repertory_tokens{lane="infer"} 10' in text
         transport.go.release()
         await under_way
