@@ -125,7 +125,8 @@ async def test_two_gateways_in_front_of_a_run(run: Cluster, tmp_path: Path) -> N
             for cluster in (one, two):
                 assert cluster._gateway is not None
                 text = counters(cluster._gateway)
-                (count,) = [line for line in text.splitlines() if 'code="OK",method="PolicyService.sample"' in line]
+                name = 'repertory_calls_total{code="OK",method="PolicyService.sample"} '
+                (count,) = [line for line in text.splitlines() if line.startswith(name)]
                 assert float(count.split()[-1]) > 10
         # With one of them gone nobody notices.
         await load.more("OK", 30)
