@@ -2,11 +2,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test fast lint proto
+.PHONY: run serve test fast lint proto
 
 # Self-play in the built-in world: trains a base, improves it, writes a report. Minutes on two cores.
 run: $(VENV)/.installed
 	$(BIN)/python launch.py spell world=ledger
+
+# The embedded policy and a verifier behind a gateway, for gRPC and for OpenAI's clients, until Ctrl-C.
+serve: $(VENV)/.installed
+	$(BIN)/python launch.py serve
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest

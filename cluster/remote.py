@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cluster.run_directory import write_atomically
 from protocols.client import Credentials, connect
-from protocols.errors import BadInput, Corrupt
+from protocols.errors import BadInput, Corrupt, Unavailable
 from protocols.handle import Transport, make_handle, transport_of
 from protocols.policy import PolicyConfig, PolicyService, RemoteConfig
 from protocols.service import CheckpointRequest, CheckpointResponse, Empty, Message, Method
@@ -30,7 +30,10 @@ async def remote_policy(name: str, config: PolicyConfig, run: str, keep: int, de
         credentials=credentials(name, config.at),
         deadline_s=deadline_s,
     )
-    info = await policy.info(Empty())
+    try:
+        info = await policy.info(Empty())
+    except Unavailable as error:
+        raise Unavailable(f"{name}.at.address: no policy answers at {config.at.address}: {error}") from error
     where = f"the policy at {config.at.address}"
     if info.model != config.model:
         raise BadInput(f"{name}.model: got {config.model!r}, but {where} is of {info.model!r}; name that")

@@ -116,7 +116,8 @@ class Field:
             return [None if item is ABSENT else item for item in found]
         if self.shape == "map":
             entries = getattr(proto, name)
-            return {key: self.kind.read(entries[key]) for key in entries}
+            # protobuf's own order changes from process to process, and would get into files.
+            return {key: self.kind.read(entries[key]) for key in sorted(entries)}
         if proto.DESCRIPTOR.fields_by_name[name].has_presence and not proto.HasField(name):
             return None if self.optional else ABSENT
         return self.kind.read(getattr(proto, name))

@@ -119,7 +119,7 @@ async def test_policies_that_do_not_fit(
 
 
 async def test_nobody_at_the_address(tmp_path: Path, model: str) -> None:
-    with pytest.raises(Unavailable):
+    with pytest.raises(Unavailable, match=r"policy\.at\.address: no policy answers at grpc://127\.0\.0\.1:1: "):
         await learn(tmp_path / "over", a_policy(model, at={"address": "grpc://127.0.0.1:1"}), 1)
     with pytest.raises(BadInput, match="address: got 'there'"):
         await learn(tmp_path / "over", a_policy(model, at={"address": "there"}), 1)

@@ -26,7 +26,7 @@ from protocols.policy import SampleDelta, SampleRequest, ScoreRequest
 from protocols.proto_schema import bare, discriminator
 from protocols.service import Message
 from protocols.tensor import Axes, Tensor
-from protocols.training import ForwardBackwardRequest, TrainRow
+from protocols.training import ForwardBackwardRequest, TermReport, TrainRow
 from protocols.wire import from_bytes, to_bytes
 
 
@@ -175,6 +175,12 @@ def test_what_is_left_out_has_its_default() -> None:
         getattr(delta, name).dtype = "float32" if name == "logprobs" else "int32"
         getattr(delta, name).shape.append(0)
     assert from_bytes(SampleDelta, delta.SerializeToString()).finish_reason is None
+
+
+def test_maps_come_in_one_order() -> None:
+    names = [f"metric_{i}" for i in range(20)]
+    report = TermReport(loss=0.0, count=1.0, metrics=dict.fromkeys(reversed(names), 0.0))
+    assert list(from_bytes(TermReport, to_bytes(report)).metrics) == sorted(names)
 
 
 def test_fields_that_a_newer_client_sends_are_passed_over() -> None:

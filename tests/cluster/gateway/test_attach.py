@@ -64,10 +64,10 @@ def a_policy(model: str, **options: Any) -> PolicyConfig:
     return PolicyConfig.model_validate(given | options)
 
 
-@pytest_asyncio.fixture(loop_scope="module")
-async def run(address: str, model: str, tmp_path: Path) -> AsyncIterator[Cluster]:
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def run(address: str, model: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Cluster]:
     """A run with a policy whose samplers are processes of their own, and a verifier."""
-    async with a_cluster(tmp_path, "first") as cluster:
+    async with a_cluster(tmp_path_factory.mktemp("runs"), "first") as cluster:
         policy = await cluster.policy(a_policy(model, sampler={"replicas": 2}))
         await cluster.verifier(VerifierConfig(), policy)
         yield cluster
@@ -217,17 +217,17 @@ async def test_an_attached_gateway_finds_the_actors_of_a_run_that_goes_on(
     address: str, model: str, tmp_path: Path
 ) -> None:
     async with a_cluster(tmp_path, "front", gateway=True) as front:
-        async with a_cluster(tmp_path, "first") as run:
+        async with a_cluster(tmp_path, "second") as run:
             await run.policy(a_policy(model, trainer=None))
-            await front.attach("first")
+            await front.attach("second")
             assert front._gateway is not None
             policy = connect(front._gateway.address, PolicyService, tries=1)
             before = await policy.sample(a_request(1))
         with pytest.raises(Unavailable, match="the actor 'policy' has died"):
             await policy.sample(a_request(1))
-        with pytest.raises(Unavailable, match="there is no actor 'policy' in the Ray namespace 'first'"):
+        with pytest.raises(Unavailable, match="there is no actor 'policy' in the Ray namespace 'second'"):
             await policy.sample(a_request(1))
-        async with a_cluster(tmp_path, "first") as run:
+        async with a_cluster(tmp_path, "second") as run:
             await run.policy(a_policy(model, trainer=None))
             assert await policy.sample(a_request(1)) == before
 
