@@ -1,0 +1,1 @@
+"""The reward model: scores of replies, and of their tokens."""
