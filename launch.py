@@ -77,7 +77,7 @@ def _dispatch(words: list[str]) -> int:
             raise BadInput("plan: expected a method and its keys")
         words = words[1:]
         command = words[0]
-    if command == "serve" and "--detach" in words:
+    if command == "serve" and "--detach" in words and not only_plan:
         return _detached([word for word in words if word != "--detach"])
     if command == "serve":
         return _method(command, words[1:], only_plan=only_plan, path="cluster.serve")

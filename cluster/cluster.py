@@ -54,6 +54,8 @@ class Cluster:
         # What must end however the run is left, last in, first out; a failure in one does not spare the others.
         self._open = AsyncExitStack()
         self._connected = False
+        self._commits_first = False
+        """Whether the run needs a commit before its first step, because an actor does not begin anew with it."""
         self._gateway: Gateway | None = None
         self._activity: Callable[[str], None] = print
 
@@ -125,10 +127,11 @@ class Cluster:
         from cluster.remote import remote_policy
 
         self._reserve(name)
-        policy = await remote_policy(name, config, self._run, self.config.keep_checkpoints, self.config.deadline_s)
+        policy = await remote_policy(name, config, self._run, self.config.deadline_s)
         self._handles[name] = policy
         if config.trainer is not None:
             self._committed[name] = policy
+            self._commits_first = True
         return policy
 
     async def _split_policy(self, config: PolicyConfig, name: str) -> PolicyService:
@@ -328,7 +331,7 @@ class Cluster:
         self._connect()
         published = {service.__name__: service for service in services()}
         behind: dict[str, list[Transport]] = {}
-        for transport, part in await find(run):
+        for transport, part in await find(run, self.config.deadline_s):
             # Samplers and ranks are the business of their policy.
             if part.service in published:
                 behind.setdefault(part.handle, []).append(transport)
@@ -424,6 +427,7 @@ class Cluster:
             show=self._activity,
             on_commit=functools.partial(_show, progress, tracker),
             begun=begun,
+            commit_first=self._commits_first,
         )
         async with aclosing(iterator):
             async for step in iterator:

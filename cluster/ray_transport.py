@@ -333,10 +333,10 @@ def _warned(who: str, resources: Resources) -> Iterator[None]:
         timer.cancel()
 
 
-async def find(namespace: str) -> list[tuple[BorrowedTransport, Part]]:
+async def find(namespace: str, deadline_s: float = 3600.0) -> list[tuple[BorrowedTransport, Part]]:
     """The actors of a run that is up in this Ray cluster, and what they are to it.
 
-    Raises BadInput when there are none.
+    Raises BadInput when there are none, Unavailable or DeadlineExceeded when one does not answer.
     """
     import ray.util
 
@@ -346,7 +346,13 @@ async def find(namespace: str) -> list[tuple[BorrowedTransport, Part]]:
         runs = ", ".join(sorted({one["namespace"] for one in known})) or "none"
         raise BadInput(f"attach: no run {namespace!r} has actors in this Ray cluster; runs there: {runs}")
     transports = [BorrowedTransport(name, namespace) for name in names]
-    parts = await asyncio.gather(*(transport._host.part.remote() for transport in transports))
+    try:
+        async with asyncio.timeout(deadline_s):
+            parts = await asyncio.gather(*(transport._host.part.remote() for transport in transports))
+    except ray.exceptions.RayError as error:
+        raise Unavailable(f"attach: an actor of the run {namespace!r} does not answer: {error}") from error
+    except TimeoutError:
+        raise DeadlineExceeded(f"attach: the actors of {namespace!r} were not up within {deadline_s:g} s") from None
     return sorted(zip(transports, parts, strict=True), key=lambda one: (one[1].handle, one[1].index))
 
 

@@ -1,8 +1,11 @@
 """Actors that serve already, behind a gateway: what a run needs to use one as its own."""
 
+import itertools
+import re
+import secrets
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cluster.run_directory import write_atomically
@@ -16,8 +19,8 @@ NOTE = "remote.txt"
 """File of a checkpoint that says where, at the gateway, an actor's state lies."""
 
 
-async def remote_policy(name: str, config: PolicyConfig, run: str, keep: int, deadline_s: float) -> PolicyService:
-    """The policy at `config.at`, its checkpoints in `keep` + 2 folders named after the run.
+async def remote_policy(name: str, config: PolicyConfig, run: str, deadline_s: float) -> PolicyService:
+    """The policy at `config.at`, its checkpoints in folders named after the run.
 
     Raises BadInput when it is another model than the configuration says, or cannot learn and should; Unavailable
     when nobody answers.
@@ -39,7 +42,7 @@ async def remote_policy(name: str, config: PolicyConfig, run: str, keep: int, de
         raise BadInput(f"{name}.model: got {config.model!r}, but {where} is of {info.model!r}; name that")
     if config.trainer is not None and not info.trainable_parameters:
         raise BadInput(f"{name}.trainer: {where} is frozen; give its gateway a trainer, or set {name}.trainer=null")
-    kept = KeptRemotely(transport_of(policy), f"{run}/{name}", keep + 2)
+    kept = KeptRemotely(transport_of(policy), run)
     return make_handle(PolicyService, kept, deadline_s)
 
 
@@ -56,13 +59,13 @@ def credentials(name: str, at: RemoteConfig) -> Credentials:
 class KeptRemotely:
     """Calls to an actor that keeps its checkpoints itself; the run's own name the place.
 
-    Places are used in turn, so one that a checkpoint of the run names is not written over.
+    A place that a checkpoint of the run names is not written over; others are used again.
     """
 
     inner: Transport
-    folder: str
-    places: int
-    latest: int = -1
+    run: str
+    key: str = field(default_factory=lambda: secrets.token_hex(4))
+    """Of this run alone: another may have the same name."""
 
     @property
     def name(self) -> str:
@@ -75,17 +78,22 @@ class KeptRemotely:
             return await self.inner.call(method, request)
         note = Path(request.path) / NOTE
         if method.name == "save":
-            index = (self.latest + 1) % self.places
-            place = f"{self.folder}/{index}"
+            place = self._free(note)
             await self.inner.call(method, request.model_copy(update={"path": place}))
             note.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(note, place)
-            self.latest = index
             return CheckpointResponse(files=[NOTE])
         place = _read(note)
         response = await self.inner.call(method, request.model_copy(update={"path": place}))
-        self.latest = int(place.rpartition("/")[2])
+        self.key = place.split("/")[1]
         return response
+
+    def _free(self, note: Path) -> str:
+        """RUN/KEY/ACTOR/NUMBER, the lowest number that no checkpoint beside the note's names."""
+        actor = note.parent.name
+        named = {_read(one) for one in note.parent.parent.parent.glob(f"*/{actor}/{NOTE}")}
+        places = (f"{self.run}/{self.key}/{actor}/{number}" for number in itertools.count())
+        return next(place for place in places if place not in named)
 
     async def stream(self, method: Method, request: Message) -> AsyncGenerator[Message, None]:
         """One streaming call."""
@@ -99,6 +107,6 @@ def _read(note: Path) -> str:
         place = note.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise Corrupt(f"{note} does not say where the checkpoint lies: {error}") from error
-    if not place.rpartition("/")[2].isdecimal():
+    if not re.fullmatch(r"[^/]+/[0-9a-f]{8}/[^/]+/\d+", place):
         raise Corrupt(f"{note} does not say where the checkpoint lies: got {place[:80]!r}")
     return place

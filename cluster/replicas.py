@@ -38,12 +38,21 @@ class Replicas:
                     raise
 
     async def stream(self, method: Method, request: Message) -> AsyncGenerator[Message, None]:
-        """Stream from one replica."""
-        index = self._least_loaded(set())
-        with self._counted(index):
-            async with aclosing(self.replicas[index].stream(method, request)) as items:
-                async for item in items:
-                    yield item
+        """Stream from one replica; from another one if it is unavailable before its first item."""
+        tried: set[int] = set()
+        while True:
+            index, begun = self._least_loaded(tried), False
+            tried.add(index)
+            try:
+                with self._counted(index):
+                    async with aclosing(self.replicas[index].stream(method, request)) as items:
+                        async for item in items:
+                            begun = True
+                            yield item
+                return
+            except Unavailable:
+                if begun or len(tried) == len(self.replicas):
+                    raise
 
     async def _call_all(self, method: Method, request: Message) -> Message:
         calls = (replica.call(method, request) for replica in self.replicas)

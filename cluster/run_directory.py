@@ -110,7 +110,7 @@ class RunDirectory:
 
     def _all(self) -> list[Path]:
         """The folders of checkpoints in order of steps, also of one that was being removed."""
-        found = [p for p in self.checkpoints.glob("step-*") if p.name.removeprefix("step-").isdecimal()]
+        found = [p for p in self.checkpoints.glob("step-*") if p.name.removeprefix("step-").lstrip("-").isdecimal()]
         return sorted(found, key=step_of)
 
     def begin_checkpoint(self) -> Path:

@@ -1,9 +1,9 @@
 """Actors that serve until they are told to stop, behind a gateway."""
 
 import sys
-from typing import ClassVar
+from typing import ClassVar, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cluster.cluster import Cluster
 from cluster.config import MethodConfig
@@ -42,6 +42,12 @@ class Config(MethodConfig):
     """A questioner over the policy; null: none."""
     gateway: ServedGateway = ServedGateway()
     """Where and how callers reach them."""
+
+    @model_validator(mode="after")
+    def _attached_through_ray(self) -> Self:
+        if self.attach and self.transport != "ray":
+            raise ValueError("attach: the actors of another run are reached through Ray; set transport=ray")
+        return self
 
 
 def policies(config: Config) -> dict[str, PolicyConfig]:

@@ -87,13 +87,17 @@ async def steps(
     show: Callable[[str], None],
     on_commit: Callable[[Step], None],
     begun: dict[int, Step] | None = None,
+    commit_first: bool = False,
 ) -> AsyncGenerator[Step, None]:
     """Yield the steps that are left, committing each when the loop comes back for the next.
 
-    `begun`: steps that some work was done for before their turn; they are taken out of it.
+    `begun`: steps that some work was done for before their turn; they are taken out of it. `commit_first`: commit
+    before the first step too.
     """
     directory.forget_ahead()
     done, finished = await restore(directory, actors, state, first)
+    if commit_first and directory.latest() is None:
+        await commit(directory, actors, state, done, "", keep)
     for index in range(done + 1, total + 1):
         if finished:
             return

@@ -73,6 +73,8 @@ def connect(
     if scheme not in ("grpc", "grpcs") or not all(place.rpartition(":")[2].isdecimal() for place in places):
         raise BadInput(f"address: got {address!r}, expected grpc://HOST:PORT or grpcs://HOST:PORT")
     if len(places) > 1:
+        if scheme == "grpcs":
+            raise BadInput(f"address: got {address!r}; with TLS give one name, which may have several addresses")
         # gRPC has names for several addresses of one kind, and none for several hosts.
         if not all(_is_ip(place) for place in places):
             raise BadInput(f"address: got {address!r}, expected IP:PORT where there are several")

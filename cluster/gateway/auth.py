@@ -120,4 +120,4 @@ def new_token(name: str, roles: list[Role]) -> tuple[str, str]:
 
 def hash_of(token: str) -> str:
     """SHA-256; tokens are random and long, so nothing slower is needed."""
-    return hashlib.sha256(token.encode()).hexdigest()
+    return hashlib.sha256(token.encode("utf-8", "surrogateescape")).hexdigest()

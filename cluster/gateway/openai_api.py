@@ -7,7 +7,7 @@ import base64
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from openai.types import Completion as TextCompletion
 from openai.types import CompletionChoice, CompletionUsage
@@ -17,9 +17,10 @@ from openai.types.chat.chat_completion_chunk import Choice as ChunkChoice
 from openai.types.chat.chat_completion_chunk import ChoiceDelta
 from openai.types.chat.chat_completion_chunk import ChoiceLogprobs as ChunkLogprobs
 from openai.types.completion_choice import Logprobs as TextLogprobs
-from pydantic import Field
+from pydantic import Field, ValidationError, model_validator
+from pydantic_core import from_json
 
-from protocols.errors import Unavailable
+from protocols.errors import BadInput, Unavailable, classify
 from protocols.messages import ChatMessage, Completion, FinishReason, Prompt, SamplingParams, Structure
 from protocols.policy import EmbedRequest, EmbedResponse, SampleDelta, SampleRequest, SampleResponse
 from protocols.service import Message
@@ -31,8 +32,18 @@ LEAST_LOGPROB = -9999.0
 
 Texts = Mapping[int, str]
 """Text of each drawn token."""
-Tokens = list[int]
-Inputs = str | list[str] | Tokens | list[Tokens]
+MOST_INPUTS, MOST_TURNS, MOST_TOKENS, MOST_FIELDS = 2048, 4096, 1 << 20, 20_000
+"""Prompts, turns of a conversation, ids of a prompt, and keys of all objects in a request: what is cheap to send must
+not cost minutes to check, and room is only found for what has been checked."""
+
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Tokens = Annotated[list[TokenId], Field(min_length=1, max_length=MOST_TOKENS, fail_fast=True)]
+ManyTexts = Annotated[list[str], Field(min_length=1, max_length=MOST_INPUTS, fail_fast=True)]
+Inputs = (
+    str | ManyTexts | Tokens | Annotated[list[Tokens], Field(min_length=1, max_length=MOST_INPUTS, fail_fast=True)]
+)
+
+A = TypeVar("A", bound=Message)
 
 
 class StreamOptions(Message):
@@ -57,7 +68,7 @@ class Asked(Message):
     """Share of probability to draw from."""
     top_k: int | None = None
     """Number of tokens to draw from; an addition to OpenAI's fields."""
-    stop: str | list[str] | None = None
+    stop: str | Annotated[list[str], Field(max_length=64, fail_fast=True)] | None = None
     """Texts before which the completion ends."""
     seed: int | None = None
     """The same request with the same seed has the same answer, while the weights stay."""
@@ -103,7 +114,7 @@ class Turn(Message):
 
     role: Literal["system", "developer", "user", "assistant"]
     """Who speaks; developers speak as the system."""
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(max_length=MOST_TURNS, fail_fast=True)]
     """What is said."""
 
     def message(self) -> ChatMessage:
@@ -133,6 +144,12 @@ class ResponseFormat(Message):
     json_schema: NamedSchema | None = None
     """The schema, of that type."""
 
+    @model_validator(mode="after")
+    def _with_its_schema(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema: expected with type json_schema, and with no other")
+        return self
+
     def structure(self) -> Structure | None:
         """The same for a policy."""
         if self.type == "text":
@@ -144,7 +161,7 @@ class ResponseFormat(Message):
 class ChatAsked(Asked):
     """POST /v1/chat/completions."""
 
-    messages: list[Turn] = Field(min_length=1)
+    messages: Annotated[list[Turn], Field(min_length=1, max_length=MOST_TURNS, fail_fast=True)]
     """The conversation."""
     max_completion_tokens: int | None = Field(default=None, ge=1)
     """The newer name of `max_tokens`; without either the answer may be as long as the model's context allows."""
@@ -211,6 +228,32 @@ class EmbeddingAsked(Message):
     def request(self) -> EmbedRequest:
         """The same for a policy."""
         return EmbedRequest(prompts=prompts_of(self.input))
+
+
+def parsed(kind: type[A], body: bytes) -> A:
+    """The request in a body. Raises BadInput that names the field."""
+    try:
+        value = from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise BadInput(f"request: {error}; expected JSON") from error
+    if _fields(value) > MOST_FIELDS:
+        raise BadInput(f"request: expected at most {MOST_FIELDS} keys in all of its objects")
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        raise classify(error) from error
+
+
+def _fields(value: Any) -> int:
+    """Number of keys of all objects in a value; each unknown one would be an error of its own."""
+    found, left = 0, [value]
+    while left and found <= MOST_FIELDS:
+        one = left.pop()
+        if isinstance(one, dict):
+            found += len(one)
+        inner = one.values() if isinstance(one, dict) else one
+        left += [part for part in inner if isinstance(part, dict | list)] if isinstance(one, dict | list) else []
+    return found
 
 
 def prompts_of(inputs: Inputs) -> list[Prompt]:

@@ -10,6 +10,7 @@ from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar, cast
+from urllib.parse import urlsplit
 
 from aiohttp import web
 from openai.types import CompletionUsage
@@ -17,7 +18,7 @@ from pydantic import BaseModel
 
 from cluster.gateway.admission import REQUEST_ID, Admission, Call
 from cluster.gateway.auth import Caller
-from cluster.gateway.config import LAST_WORDS, GatewayConfig, host_and_port
+from cluster.gateway.config import LAST_WORDS, GatewayConfig, host_and_port, is_loopback
 from cluster.gateway.openai_api import (
     Asked,
     ChatAsked,
@@ -28,10 +29,11 @@ from cluster.gateway.openai_api import (
     chat_chunks,
     chat_response,
     embedding_response,
+    parsed,
     text_chunks,
     text_response,
 )
-from protocols.errors import BadInput, DeadlineExceeded, Exhausted, RepertoryError
+from protocols.errors import BadInput, DeadlineExceeded, Denied, Exhausted, RepertoryError, Unavailable
 from protocols.policy import (
     DetokenizeRequest,
     PolicyService,
@@ -53,6 +55,11 @@ STATUS = {
     "DEADLINE_EXCEEDED": 504,
 }
 """HTTP status by code; 500 for those that are not here."""
+
+MOST_MB = 4
+"""Longest request, or `max_message_mb` if that is less: JSON takes many times its length while it is read."""
+AT_ONCE = 8
+"""Answers of no given length that fit into the gateway's room side by side."""
 
 M = TypeVar("M", bound=Message)
 
@@ -83,11 +90,12 @@ class OpenAIServer:
         self._began = int(time.time())
         self._runner: web.AppRunner | None = None
         self._open = 0
+        self._most_mb = min(MOST_MB, config.max_message_mb)
         self.port = 0
 
     async def start(self, tls: ssl.SSLContext | None) -> None:
         """Listen. Raises BadInput when the address is taken."""
-        app = web.Application(client_max_size=self._config.max_message_mb << 20)
+        app = web.Application(client_max_size=self._most_mb << 20)
         app.add_routes(
             [
                 web.get("/health", self._health),
@@ -126,7 +134,9 @@ class OpenAIServer:
                         if self._open > self._config.most_open:
                             raise Exhausted(f"{self._open - 1} calls are open already")
                         response = await answer(Request(http, call, caller, await self._read(http)))
-                        response.headers.setdefault(REQUEST_ID, call.id)
+                        if not response.prepared:
+                            response.headers[REQUEST_ID] = call.id
+                            await self._sent(http, call, response)
                         return response
                 # Whatever it is, the caller is to get it as a status.
                 except Exception as error:  # noqa: BLE001
@@ -136,15 +146,34 @@ class OpenAIServer:
 
         return handler
 
+    async def _sent(self, http: web.Request, call: Call, response: web.StreamResponse) -> None:
+        """Send a whole answer while the caller's room is still held; one that does not read it is cut off."""
+        try:
+            async with asyncio.timeout(self._config.stall_s):
+                await response.prepare(http)
+                await response.write_eof()
+        except ConnectionError:
+            call.code = "CANCELLED"
+        except TimeoutError:
+            call.code = "DEADLINE_EXCEEDED"
+            if http.transport is not None:
+                http.transport.abort()
+
     async def _read(self, http: web.Request) -> bytes:
-        # A page in a browser may not send this to another site unasked.
+        # A page in a browser may not send this type to other sites unasked, but its own may have taken on this
+        # machine's address.
+        open_to_all = not self._config.tokens and not (self._config.tls and self._config.tls.client_ca)
+        if open_to_all and not is_loopback(host_of(http)):
+            raise Denied(f"host: got {http.host[:80]!r}, expected this machine's own; without tokens nothing else")
         if http.method == "POST" and http.content_type != "application/json":
             raise BadInput(f"content-type: got {http.content_type[:80]!r}, expected application/json")
         try:
             async with asyncio.timeout(self._config.stall_s):
                 return await http.read()
         except web.HTTPRequestEntityTooLarge:
-            raise BadInput(f"request: longer than {self._config.max_message_mb} MB (max_message_mb)") from None
+            raise BadInput(f"request: longer than {self._most_mb} MB") from None
+        except web.RequestPayloadError as error:
+            raise BadInput(f"request: {error}") from error
         except TimeoutError:
             raise DeadlineExceeded(f"the request did not come within {self._config.stall_s:g} s") from None
 
@@ -170,17 +199,22 @@ class OpenAIServer:
         return {"id": name, "object": "model", "created": self._began, "owned_by": "repertory"}
 
     async def _chat(self, request: Request) -> web.StreamResponse:
-        asked = ChatAsked.model_validate_json(request.body)
+        asked = parsed(ChatAsked, request.body)
         policy = self._policy(asked.model)
-        longest = asked.longest or (await policy.info(Empty())).context_length
+        longest = asked.longest or await self._longest(policy, asked.n or 1)
         answering = Answering(policy, asked.request(longest), {} if asked.logprobs else None)
         head = Head(f"chatcmpl-{request.call.id}", asked.model, int(time.time()))
         if asked.stream:
             return await self._streamed(request, asked, answering, partial(chat_chunks, head))
         return await self._whole(request, answering, partial(chat_response, head))
 
+    async def _longest(self, policy: PolicyService, n: int) -> int:
+        """Tokens that n answers may have where nobody has said: the context, unless too few callers would fit."""
+        room = self._admission.lanes["infer"].capacity // (AT_ONCE * n)
+        return max(1, min((await policy.info(Empty())).context_length, room))
+
     async def _text(self, request: Request) -> web.StreamResponse:
-        asked = TextAsked.model_validate_json(request.body)
+        asked = parsed(TextAsked, request.body)
         sample = asked.request()
         answering = Answering(self._policy(asked.model), sample, None if asked.logprobs is None else {})
         head = Head(f"cmpl-{request.call.id}", asked.model, int(time.time()))
@@ -189,7 +223,7 @@ class OpenAIServer:
         return await self._whole(request, answering, partial(text_response, head))
 
     async def _embed(self, request: Request) -> web.Response:
-        asked = EmbeddingAsked.model_validate_json(request.body)
+        asked = parsed(EmbeddingAsked, request.body)
         policy = self._policy(asked.model)
         async with self._room(request, asked.request()) as admitted:
             response = await policy.embed(admitted)
@@ -288,12 +322,24 @@ class Answering:
         if count:
             prompts = await self.policy.tokenize(TokenizeRequest(prompts=self.sample.prompts))
             self.read = sum(map(len, prompts.tokens))
+        unfinished = len(self.sample.prompts) * self.sample.n
         async with aclosing(cast(AsyncGenerator[SampleDelta, None], self.policy.stream(self.sample))) as deltas:
             async for delta in deltas:
+                unfinished -= delta.finish_reason is not None
                 self.drawn += len(delta.tokens)
                 drew(delta)
                 await self.learn(delta.tokens)
                 yield delta
+        if unfinished:
+            raise Unavailable("the policy has stopped amid the completion")
+
+
+def host_of(http: web.Request) -> str:
+    """The host that the caller believes to talk to."""
+    try:
+        return urlsplit(f"//{http.host}").hostname or ""
+    except ValueError:
+        return ""
 
 
 def refused(call: Call, error: Exception) -> web.Response:

@@ -54,9 +54,9 @@ def running(runs_dir: Path) -> list[Running]:
     """The runs in a folder whose gateway is up."""
     found = []
     for file in sorted(runs_dir.glob(f"*/{GATEWAY_FILE}")):
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             noted = json.loads(file.read_text("utf-8"))
-            one = Running(file.parent.name, int(noted["pid"]), str(noted["address"]), str(noted["http"]))
+            one = Running(file.parent.name, int(noted["pid"]), str(noted["address"]), str(noted.get("http", "")))
             # Not by the process alone: its number may be another's by now.
             if noted["host"] == socket.gethostname() and held(file.parent):
                 found.append(one)
@@ -89,12 +89,17 @@ def detach(command: list[str]) -> int:
     with tempfile.NamedTemporaryFile("w+", prefix="repertory-serve-", suffix=".log", delete=False) as log:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
         said = Path(log.name)
-    while SERVING not in (text := said.read_text("utf-8")):
-        if (code := process.poll()) is not None:
-            sys.stderr.write(said.read_text("utf-8"))
-            said.unlink()
-            return code
-        time.sleep(POLL)
+    try:
+        while SERVING not in (text := said.read_text("utf-8")):
+            if (code := process.poll()) is not None:
+                sys.stderr.write(said.read_text("utf-8"))
+                said.unlink()
+                return code
+            time.sleep(POLL)
+    except BaseException:
+        # Ctrl-C: it is in a session of its own, where that does not reach it.
+        process.terminate()
+        raise
     line = next(line for line in text.splitlines() if SERVING in line)
     print(f"{line.partition(';')[0]}; `launch.py stop` ends it, {said} is its log", file=sys.stderr)
     return 0

@@ -126,7 +126,7 @@ async def _train(company: Company, config: LedgerConfig, policy: PolicyConfig, s
     skeleton = staging / "skeleton"
     ledger.write_skeleton(skeleton)
     trainer = TrainerConfig(learning_rate=LEARNING_RATE)
-    update = {"model": str(skeleton), "init": "random", "seed": seed, "trainer": trainer, "lora": None}
+    update = {"model": str(skeleton), "init": "random", "seed": seed, "trainer": trainer, "lora": None, "at": None}
     base = await company.policy(policy.model_copy(update=update), name="base")
     steps = config.warmup_steps + config.responder_steps
     parts = -(-steps // STEPS_PER_LINE)

@@ -22,6 +22,10 @@ from protocols.service import Empty
 from protocols.training import ForwardBackwardRequest, OptimStepRequest, TrainRow
 
 
+class Broken(Exception):
+    pass
+
+
 class Config(MethodConfig):
     policy: PolicyConfig
 
@@ -56,12 +60,18 @@ async def update(policy: PolicyService, seed: int) -> float:
     return loss
 
 
-async def learn(folder: Path, config: PolicyConfig, steps: int) -> list[dict[str, float]]:
-    given = Config(runs_dir=str(folder), run="learn", steps=steps, checkpoint_every=1, policy=config)
+async def learn(
+    folder: Path, config: PolicyConfig, steps: int, *, breaks_at: int = 0, **options: int
+) -> list[dict[str, float]]:
+    given = Config.model_validate(
+        {"runs_dir": str(folder), "run": "learn", "steps": steps, "checkpoint_every": 1, "policy": config} | options
+    )
     async with Cluster(given, method="test", run="learn") as cluster:
         policy = await cluster.policy(config)
         async for step in cluster.steps(LoopState()):
             loss = await update(policy, step.index)
+            if step.index == breaks_at:
+                raise Broken
             version = (await policy.publish(Empty())).version
             prompt = Prompt(tokens=[3, 4], seed=step.index)
             response = await policy.sample(SampleRequest(prompts=[prompt], params=SamplingParams(max_tokens=6)))
@@ -81,17 +91,40 @@ async def test_a_remote_policy_learns_as_one_of_the_runs_own(tmp_path: Path, mod
         assert await learn(tmp_path / "over", remote, 6) == alone
         # It outlives the run.
         assert (await policy.info(Empty())).version == 6
-    places = tmp_path / "served" / "serve" / "remote" / "learn" / "policy"
-    assert sorted(folder.name for folder in places.iterdir()) == ["0", "1", "2", "3"]
+    (places,) = (tmp_path / "served" / "serve" / "remote" / "learn").glob("*/policy")
+    assert sorted(folder.name for folder in places.iterdir()) == ["0", "1", "2"]
     checkpoint = tmp_path / "over" / "learn" / "checkpoints" / "step-000006" / "policy"
     assert [file.name for file in checkpoint.iterdir()] == ["remote.txt"]
+
+
+async def test_a_run_that_broke_before_its_first_commit_begins_as_it_began(tmp_path: Path, model: str) -> None:
+    alone = await learn(tmp_path / "alone", a_policy(model), 4)
+    async with serving(tmp_path / "served", a_policy(model)) as address:
+        remote = a_policy(model, at={"address": address})
+        with pytest.raises(Broken):
+            await learn(tmp_path / "over", remote, 4, breaks_at=3, checkpoint_every=10)
+        assert await learn(tmp_path / "over", remote, 4, checkpoint_every=10) == alone
+
+
+async def test_runs_of_one_name_do_not_share_places(tmp_path: Path, model: str) -> None:
+    alone = await learn(tmp_path / "alone", a_policy(model), 4)
+    async with serving(tmp_path / "served", a_policy(model)) as address:
+        remote = a_policy(model, at={"address": address})
+        await learn(tmp_path / "a", remote, 2)
+        await learn(tmp_path / "b", remote, 3)
+        assert await learn(tmp_path / "a", remote, 4, keep_checkpoints=5) == alone
+    places = (tmp_path / "served" / "serve" / "remote" / "learn").iterdir()
+    assert len(list(places)) == 2
+    notes = (tmp_path / "a" / "learn" / "checkpoints").glob("step-*/policy/remote.txt")
+    named = [note.read_text() for note in notes]
+    assert len(named) == len(set(named)) > 3
 
 
 async def test_a_checkpoint_that_is_gone_at_the_gateway(tmp_path: Path, model: str) -> None:
     async with serving(tmp_path / "served", a_policy(model)) as address:
         await learn(tmp_path / "over", a_policy(model, at={"address": address}), 1)
     async with serving(tmp_path / "other", a_policy(model)) as address:
-        with pytest.raises(Corrupt, match="learn/policy/0"):
+        with pytest.raises(Corrupt, match=r"learn/\w+/policy/1"):
             await learn(tmp_path / "over", a_policy(model, at={"address": address}), 2)
 
 

@@ -23,7 +23,7 @@ class Replica:
         self.error = error
         self.calls: list[str] = []
         self.held: list[asyncio.Future[None]] = []
-        self.hold = False
+        self.hold = self.late = False
         self.closed = 0
 
     async def call(self, method: Method, request: Message) -> Message:
@@ -37,9 +37,13 @@ class Replica:
 
     async def stream(self, method: Method, request: Message) -> AsyncGenerator[Message, None]:
         self.calls.append(method.name)
+        if self.error is not None and not self.late:
+            raise self.error
         try:
             while True:
                 yield Text(text=self.name)
+                if self.error is not None:
+                    raise self.error
         finally:
             self.closed += 1
 
@@ -165,3 +169,22 @@ async def test_a_handle_cannot_tell_replicas_from_one_actor() -> None:
     assert await handle.health(HealthRequest()) == HealthResponse(kind="echo", ready=True)
     with pytest.raises(BadInput, match=r"echo\.echo takes a Text, got a Empty"):
         await handle.echo(Empty())
+
+
+async def test_a_stream_that_has_not_begun_is_taken_over_by_another_replica() -> None:
+    replicas, members = company(2)
+    members[0].error = Unavailable("gone")
+    for _ in range(3):
+        async with aclosing(replicas.stream(COUNT, Count())) as stream:
+            assert await anext(stream) == Text(text="echo-1")
+    members[1].error = Unavailable("gone too")
+    with pytest.raises(Unavailable, match="gone too"):
+        await anext(replicas.stream(COUNT, Count()))
+    members[0].late = members[1].late = True
+    stream = replicas.stream(COUNT, Count())
+    begun = await anext(stream)
+    assert begun == Text(text="echo-0")
+    # What has come cannot be taken back.
+    with pytest.raises(Unavailable, match="gone"):
+        await anext(stream)
+    assert replicas.load == [0, 0]

@@ -56,6 +56,7 @@ class Scripted:
 
     name: str = "policy"
     error: Exception | None = None
+    last: SampleDelta = DELTA
     waits: bool = False
     requests: list[Message] = field(default_factory=list)
     began: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(0))
@@ -70,7 +71,7 @@ class Scripted:
     async def stream(self, method: Method, request: Message) -> AsyncGenerator[Message, None]:
         yield DELTA
         await self._follow(request)
-        yield DELTA
+        yield self.last
 
     async def _follow(self, request: Message) -> None:
         self.requests.append(request)

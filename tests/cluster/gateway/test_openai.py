@@ -21,9 +21,10 @@ from protocols.errors import Internal
 from protocols.messages import FinishReason, Prompt, SamplingParams
 from protocols.policy import EmbedRequest, PolicyConfig, PolicyService, SampleRequest, TokenizeRequest
 from protocols.service import Empty, Service
-from tests.cluster.gateway.scripted import COMPLETION, DELTA, Scripted, a_gateway, a_handle, counters
+from tests.cluster.gateway.scripted import ANSWERS, COMPLETION, DELTA, Scripted, a_gateway, a_handle, counters
 
 HTTP = {"http": "127.0.0.1:0"}
+LAST = DELTA.model_copy(update={"finish_reason": FinishReason.STOP})
 CHAT: list[Any] = [{"role": "user", "content": "Alpha has 3 bonds."}]
 
 
@@ -244,10 +245,12 @@ async def test_forms_need_an_engine_that_has_them(client: AsyncOpenAI) -> None:
 @pytest.mark.parametrize(
     ("body", "content_type", "message"),
     [
-        (b"{", "application/json", "value: got b'{'; invalid JSON"),
-        (b"\xff", "application/json", "invalid"),
-        (b"[" * 100_000, "application/json", "invalid JSON: recursion limit exceeded"),
-        (b"[]", "application/json", "value: got []; input should be an object"),
+        (b"{", "application/json", "request: EOF while parsing an object at line 1 column 1; expected JSON"),
+        (b"\xff", "application/json", "request: expected value"),
+        (b"[" * 100_000, "application/json", "request: recursion limit exceeded"),
+        (b"[]", "application/json", "value: got []; input should be a valid dictionary"),
+        (b'{"temperature": NaN}', "application/json", "request: expected value"),
+        (json.dumps(dict.fromkeys(map(str, range(20_001)))).encode(), "application/json", "at most 20000 keys"),
         (b"{}", "text/plain", "content-type: got 'text/plain', expected application/json"),
         (b"{" + b" " * (2 << 20) + b"}", "application/json", "request: longer than 1 MB"),
     ],
@@ -264,7 +267,98 @@ async def test_bodies_that_are_no_requests(body: bytes, content_type: str, messa
             assert message in (await response.json())["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("path", "given", "param"),
+    [
+        ("embeddings", {"input": [None] * 200_000}, "input."),
+        ("embeddings", {"input": [""] * 2049}, "input."),
+        ("embeddings", {"input": []}, "input."),
+        ("completions", {"prompt": []}, "prompt."),
+        ("completions", {"prompt": [2**31]}, "prompt."),
+        ("completions", {"prompt": [[5], []]}, "prompt."),
+        ("chat/completions", {"messages": [{}] * 100_000}, "messages"),
+        ("chat/completions", {"messages": CHAT, "response_format": {"type": "json_schema"}}, "response_format"),
+    ],
+)
+async def test_lists_have_bounds_and_wrong_ones_cost_little(
+    path: str, given: dict[str, Any], param: str, tmp_path: Path
+) -> None:
+    async with (
+        a_gateway({"policy": a_handle(Scripted())}, tmp_path, **HTTP) as gateway,
+        aiohttp.ClientSession() as session,
+    ):
+        body = {"model": "policy"} | given
+        async with session.post(f"{gateway.base_url}/{path}", json=body) as response:
+            error = (await response.json())["error"]
+            assert response.status == 400, error
+            assert error["param"].startswith(param)
+            assert len(error["message"]) < 2000
+
+
+async def test_bytes_that_are_no_text_are_the_callers_fault(tmp_path: Path) -> None:
+    asker = new_token("asker", ["infer"])
+    (tmp_path / "tokens.yaml").write_text(asker[1])
+    async with a_gateway({}, tmp_path, tokens=str(tmp_path / "tokens.yaml"), **HTTP) as gateway:
+        port = gateway.base_url.split(":")[2].removesuffix("/v1")
+
+        async def status_of(headers: bytes, body: bytes) -> bytes:
+            reader, writer = await asyncio.open_connection("127.0.0.1", int(port))
+            head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+            length = b"Content-Length: %d\r\n\r\n" % len(body)
+            writer.write(head + b"Content-Type: application/json\r\n" + headers + length + body)
+            answer = await reader.read()
+            writer.close()
+            return answer.split()[1]
+
+        assert await status_of(b"Authorization: Bearer \xff\r\n", b"{}") == b"401"
+        token = b"Authorization: Bearer " + asker[0].encode() + b"\r\n"
+        assert await status_of(token + b"Content-Encoding: gzip\r\n", b"no gzip") == b"400"
+
+
 # Who may call, and how much.
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:8000", "[", "10.0.0.1"])
+async def test_without_tokens_a_page_of_another_site_may_not_call(host: str, tmp_path: Path) -> None:
+    async with (
+        a_gateway({"policy": a_handle(Scripted())}, tmp_path, **HTTP) as gateway,
+        aiohttp.ClientSession() as session,
+    ):
+        url, body = f"{gateway.base_url}/completions", {"model": "policy", "prompt": "x"}
+        async with session.post(url, json=body, headers={"Host": host}) as response:
+            assert response.status in (400, 403)
+        for own in ("localhost", "127.0.0.1:9", "[::1]:80"):
+            async with session.post(url, json=body, headers={"Host": own}) as response:
+                assert response.status == 200
+
+
+async def test_answers_of_no_given_length_leave_room_for_others(tmp_path: Path) -> None:
+    transport = Scripted()
+    room = {"tokens_at_once": 160, "train_share": 0}
+    async with (
+        a_gateway({"policy": a_handle(transport)}, tmp_path, **HTTP, **room) as gateway,
+        a_client(gateway) as client,
+    ):
+        for n, longest in ((1, 9), (4, 5), (40, 1)):
+            await client.chat.completions.create(model="policy", messages=CHAT, n=n)
+            request = transport.requests[-1]
+            assert isinstance(request, SampleRequest)
+            assert request.params.max_tokens == longest
+
+
+async def test_a_whole_answer_that_nobody_reads_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = COMPLETION.model_copy(update={"text": "x" * (30 << 20)})
+    result = ANSWERS["sample"].results[0].model_copy(update={"completions": [long]})  # type: ignore[attr-defined]
+    monkeypatch.setitem(ANSWERS, "sample", ANSWERS["sample"].model_copy(update={"results": [result]}))
+    async with a_gateway({"policy": a_handle(Scripted())}, tmp_path, stall_s=0.2, **HTTP) as gateway:
+        port = int(gateway.base_url.split(":")[2].removesuffix("/v1"))
+        _, writer = await asyncio.open_connection("127.0.0.1", port, limit=1)
+        body = b'{"model": "policy", "prompt": "x"}'
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        writer.write(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        while "DEADLINE_EXCEEDED" not in counters(gateway):
+            await asyncio.sleep(0.01)
+        writer.transport.abort()
 
 
 async def test_tokens_and_roles(tmp_path: Path) -> None:
@@ -347,10 +441,18 @@ async def test_failures_before_and_amid_a_stream(tmp_path: Path) -> None:
             await anext(stream)
 
 
+async def test_a_stream_that_just_ends_is_no_answer(tmp_path: Path) -> None:
+    # The scripted stream finishes no choice.
+    async with a_gateway({"policy": a_handle(Scripted())}, tmp_path, **HTTP) as gateway, a_client(gateway) as client:
+        stream = await client.completions.create(model="policy", prompt="x", stream=True)
+        with pytest.raises(openai.APIError, match="the policy has stopped amid the completion"):
+            async for _ in stream:
+                pass
+        assert 'code="UNAVAILABLE",method="openai.completions"' in counters(gateway)
+
+
 async def test_an_answer_that_was_cut_off_is_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     aborted = COMPLETION.model_copy(update={"finish_reason": FinishReason.ABORTED})
-    from tests.cluster.gateway.scripted import ANSWERS
-
     result = ANSWERS["sample"].results[0].model_copy(update={"completions": [aborted]})
     monkeypatch.setitem(ANSWERS, "sample", ANSWERS["sample"].model_copy(update={"results": [result]}))
     async with (
@@ -364,7 +466,7 @@ async def test_an_answer_that_was_cut_off_is_no_answer(tmp_path: Path, monkeypat
 async def test_calls_are_counted_and_logged_without_prompts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "repertory.gateway")
     async with (
-        a_gateway({"policy": a_handle(Scripted())}, tmp_path, **HTTP) as gateway,
+        a_gateway({"policy": a_handle(Scripted(last=LAST))}, tmp_path, **HTTP) as gateway,
         a_client(gateway) as client,
     ):
         await client.completions.create(model="policy", prompt="secret", extra_headers={"x-request-id": "r1"})
@@ -388,7 +490,7 @@ async def test_an_address_that_is_taken_opens_no_door(tmp_path: Path) -> None:
 
 async def test_events_are_as_the_standard_has_them(tmp_path: Path) -> None:
     async with (
-        a_gateway({"policy": a_handle(Scripted())}, tmp_path, **HTTP) as gateway,
+        a_gateway({"policy": a_handle(Scripted(last=LAST))}, tmp_path, **HTTP) as gateway,
         aiohttp.ClientSession() as session,
     ):
         body = {"model": "policy", "messages": CHAT, "stream": True, "max_tokens": 3}

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import launch
+from cluster.gateway import running
 from protocols.client import connect
 from protocols.messages import Prompt, SamplingParams
 from protocols.policy import PolicyService, SampleRequest
@@ -92,6 +93,35 @@ async def test_detached_it_outlives_whoever_started_it(tmp_path: Path) -> None:
     assert failed.stderr.startswith("error: ") and "'nowhere/at/all' does not exist" in failed.stderr
 
 
+def test_ctrl_c_while_it_comes_up_leaves_nobody_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted(subprocess.Popen):  # type: ignore[type-arg]
+        def poll(self) -> int | None:
+            nonlocal child
+            child = self
+            raise KeyboardInterrupt
+
+    child: subprocess.Popen[bytes] | None = None
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        running.detach([sys.executable, "-c", "import time; time.sleep(600)"])
+    assert child is not None
+    assert child.wait() == -signal.SIGTERM
+
+
+def test_what_an_older_gateway_or_nobody_has_noted_is_no_failure(tmp_path: Path) -> None:
+    for name, noted in (("old", '{"pid": 1}'), ("list", "[]"), ("none", "")):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "gateway.json").write_text(noted)
+    shown = launched(tmp_path, "status")
+    assert (shown.returncode, shown.stdout) == (0, "")
+
+
+def test_a_plan_of_serving_serves_nothing(tmp_path: Path) -> None:
+    shown = launched(tmp_path, "plan", "serve", "--detach")
+    assert shown.returncode == launch.BAD_INPUT
+    assert "--detach" in shown.stderr
+
+
 async def test_ctrl_c_and_again(served: Served, tmp_path: Path) -> None:
     served.process.send_signal(signal.SIGINT)
     assert served.process.wait() == 0
@@ -112,6 +142,7 @@ def test_a_gateway_that_was_killed_is_not_up(served: Served, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["attach=first"], "attach: the actors of another run are reached through Ray; set transport=ray"),
         (["adress=127.0.0.1:1"], "adress: unknown key"),
         (["address=0.0.0.0:1"], "0.0.0.0 is reached from other machines; set tls"),
         (["gateway.tokens=nowhere.yaml"], "tokens: cannot read nowhere.yaml"),

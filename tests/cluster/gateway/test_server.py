@@ -338,3 +338,12 @@ async def test_metrics(tmp_path: Path) -> None:
         assert 'repertory_tokens{lane="infer"} 10' in text
         transport.go.release()
         await under_way
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["grpc://127.0.0.1:1,there:2", "grpcs://127.0.0.1:1,127.0.0.1:2", "grpc://127.0.0.1:1,127.0.0.1", "x://a:1"],
+)
+def test_addresses_of_another_form(address: str) -> None:
+    with pytest.raises(BadInput, match="address: got"):
+        connect(address, PolicyService)
