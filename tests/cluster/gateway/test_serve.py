@@ -97,6 +97,8 @@ def test_ctrl_c_while_it_comes_up_leaves_nobody_behind(tmp_path: Path, monkeypat
     class Interrupted(subprocess.Popen):  # type: ignore[type-arg]
         def poll(self) -> int | None:
             nonlocal child
+            if child is not None:
+                return super().poll()
             child = self
             raise KeyboardInterrupt
 
