@@ -124,9 +124,6 @@ class RemoteConfig(Message):
 class PolicyConfig(Message):
     """A policy actor."""
 
-    at: RemoteConfig | None = None
-    """Use the policy that serves there instead of starting one: `model` must be its model, `trainer` says whether it
-    learns, and all other keys are its own."""
 
     model: str = "embedded"
     """Hugging Face model name or path, or `embedded`: the small checkpoint that comes with the package."""
@@ -149,6 +146,9 @@ class PolicyConfig(Message):
     """Train an adapter instead of all weights."""
     resources: Resources = Resources(cpus=1)
     """What one replica takes on a cluster; where samplers and trainer live apart, what each process takes."""
+    at: RemoteConfig | None = None
+    """Use the policy that serves there instead of starting one: `model` must be its model, `trainer` says whether it
+    learns, and all other keys are its own."""
 
     @property
     def split(self) -> bool:
