@@ -124,7 +124,6 @@ class RemoteConfig(Message):
 class PolicyConfig(Message):
     """A policy actor."""
 
-
     model: str = "embedded"
     """Hugging Face model name or path, or `embedded`: the small checkpoint that comes with the package."""
     init: Literal["pretrained", "random"] = "pretrained"
