@@ -158,3 +158,11 @@ def test_the_spec_chooses_the_loss() -> None:
     given = batch(torch.tensor([[-1.0]]), 3.0)
     assert token_loss(GRPOLoss(), given).loss_BT.item() == -3.0
     assert token_loss(SFTLoss(), given).loss_BT.item() == 1.0
+
+
+def test_the_clipped_terms_of_q_rm() -> None:
+    # Q-RM's specification, section 5.4: PPO without dual clip.
+    pairs = [(1.3, 1.0, -1.2), (1.3, -1.0, 1.3), (0.7, 2.0, -1.4), (0.7, -0.5, 0.4)]
+    losses = [off_policy(ratio, advantage, dual_clip=0)[0] for ratio, advantage, _ in pairs]
+    assert losses == pytest.approx([loss for *_, loss in pairs], **APPROX)
+    assert sum(losses) / 4 == pytest.approx(-0.225, **APPROX)
