@@ -349,7 +349,7 @@ async def find(namespace: str, deadline_s: float = 3600.0) -> list[tuple[Borrowe
     try:
         async with asyncio.timeout(deadline_s):
             parts = await asyncio.gather(*(transport._host.part.remote() for transport in transports))
-    except ray.exceptions.RayError as error:
+    except (ray.exceptions.RayError, Unavailable) as error:
         raise Unavailable(f"attach: an actor of the run {namespace!r} does not answer: {error}") from error
     except TimeoutError:
         raise DeadlineExceeded(f"attach: the actors of {namespace!r} were not up within {deadline_s:g} s") from None

@@ -32,9 +32,9 @@ LEAST_LOGPROB = -9999.0
 
 Texts = Mapping[int, str]
 """Text of each drawn token."""
-MOST_INPUTS, MOST_TURNS, MOST_TOKENS, MOST_FIELDS = 2048, 4096, 1 << 20, 20_000
-"""Prompts, turns of a conversation, ids of a prompt, and keys of all objects in a request: what is cheap to send must
-not cost minutes to check, and room is only found for what has been checked."""
+MOST_INPUTS, MOST_TURNS, MOST_TOKENS, MOST_FIELDS = 2048, 4096, 1 << 20, 40_000
+"""Prompts, turns of a conversation, ids of a prompt, keys and lists of a whole request: what is cheap to send must not
+cost minutes to check, and room is only found for what has been checked."""
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Tokens = Annotated[list[TokenId], Field(min_length=1, max_length=MOST_TOKENS, fail_fast=True)]
@@ -237,7 +237,7 @@ def parsed(kind: type[A], body: bytes) -> A:
     except ValueError as error:
         raise BadInput(f"request: {error}; expected JSON") from error
     if _fields(value) > MOST_FIELDS:
-        raise BadInput(f"request: expected at most {MOST_FIELDS} keys in all of its objects")
+        raise BadInput(f"request: expected at most {MOST_FIELDS} keys and lists in all")
     try:
         return kind.model_validate(value)
     except ValidationError as error:
@@ -245,14 +245,16 @@ def parsed(kind: type[A], body: bytes) -> A:
 
 
 def _fields(value: Any) -> int:
-    """Number of keys of all objects in a value; each unknown one would be an error of its own."""
+    """Number of keys and of lists in a value; each that is wrong would be an error of its own."""
     found, left = 0, [value]
     while left and found <= MOST_FIELDS:
         one = left.pop()
         if isinstance(one, dict):
             found += len(one)
-        inner = one.values() if isinstance(one, dict) else one
-        left += [part for part in inner if isinstance(part, dict | list)] if isinstance(one, dict | list) else []
+            one = list(one.values())
+        inner = [part for part in one if isinstance(part, dict | list)] if isinstance(one, list) else []
+        found += len(inner)
+        left += inner
     return found
 
 
