@@ -33,8 +33,8 @@ LEAST_LOGPROB = -9999.0
 Texts = Mapping[int, str]
 """Text of each drawn token."""
 MOST_INPUTS, MOST_TURNS, MOST_TOKENS, MOST_FIELDS = 2048, 4096, 1 << 20, 40_000
-"""Prompts, turns of a conversation, ids of a prompt, keys and lists of a whole request: what is cheap to send must not
-cost minutes to check, and room is only found for what has been checked."""
+"""Prompts, turns of a conversation, ids of a prompt, keys and lists of a whole request: what is cheap to send must
+not cost minutes to check, and room is only found for what has been checked."""
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Tokens = Annotated[list[TokenId], Field(min_length=1, max_length=MOST_TOKENS, fail_fast=True)]
