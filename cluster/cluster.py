@@ -330,15 +330,14 @@ class Cluster:
             raise BadInput("attach: set RAY_ADDRESS to the Ray cluster of the run")
         self._connect()
         published = {service.__name__: service for service in services()}
-        behind: dict[str, list[Transport]] = {}
+        behind: dict[tuple[str, str], list[Transport]] = {}
         for transport, part in await find(run, self.config.deadline_s):
+            behind.setdefault((part.handle, part.service), []).append(transport)
+        for (name, service), transports in behind.items():
             # Samplers and ranks are the business of their policy.
-            if part.service in published:
-                behind.setdefault(part.handle, []).append(transport)
-                target = behind[part.handle]
-                reached = target[0] if len(target) == 1 else Replicas(part.handle, target)
-                service = published[part.service]
-                self._handles[part.handle] = make_handle(service, reached, self.config.deadline_s)
+            if service in published:
+                reached = transports[0] if len(transports) == 1 else Replicas(name, transports)
+                self._handles[name] = make_handle(published[service], reached, self.config.deadline_s)
 
     async def serve_until_stopped(self, announce: Callable[[str], None]) -> None:
         """Keep the actors up for callers of the gateway; give its address away first."""

@@ -149,6 +149,7 @@ class Admission:
 
     async def finished(self, seconds: float) -> None:
         """Let no more calls in, and wait so long for those that are."""
+        # A door's own stop would leave a call that comes at this moment without an answer until the others are done.
         self.stopping = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):

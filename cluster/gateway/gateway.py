@@ -45,8 +45,6 @@ class Gateway:
 
     async def close(self) -> None:
         """Refuse new calls, give those under way time to finish, then stop listening."""
-        # grpc's own stop would leave a call that comes at this moment without an answer until the others are done.
-        self.admission.stopping = True
         await self._grpc.refuse()
         await self.admission.finished(self._config.drain_s)
         await self._open.aclose()

@@ -373,6 +373,11 @@ def usage_of(response: SampleResponse) -> CompletionUsage:
     """Tokens that were read and drawn."""
     read = sum(len(result.prompt_tokens) for result in response.results)
     drawn = sum(len(one.tokens) for result in response.results for one in result.completions)
+    return usage(read, drawn)
+
+
+def usage(read: int, drawn: int) -> CompletionUsage:
+    """Tokens that were read and drawn, as OpenAI counts them."""
     return CompletionUsage(prompt_tokens=read, completion_tokens=drawn, total_tokens=read + drawn)
 
 

@@ -13,7 +13,6 @@ from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit
 
 from aiohttp import web
-from openai.types import CompletionUsage
 from pydantic import BaseModel
 
 from cluster.gateway.admission import REQUEST_ID, Admission, Call
@@ -32,6 +31,7 @@ from cluster.gateway.openai_api import (
     parsed,
     text_chunks,
     text_response,
+    usage,
 )
 from protocols.errors import BadInput, DeadlineExceeded, Denied, Exhausted, RepertoryError, Unavailable
 from protocols.policy import (
@@ -270,7 +270,7 @@ class OpenAIServer:
                 async for chunk in chunks:
                     await self._written(response, chunk.model_dump_json(exclude_unset=True))
                 if asked.usage:
-                    last = chunk.model_copy(update={"choices": [], "usage": answering.usage})
+                    last = chunk.model_copy(update={"choices": [], "usage": usage(answering.read, answering.drawn)})
                     await self._written(response, last.model_dump_json(exclude_unset=True))
                 await self._written(response, "[DONE]")
             except ConnectionError:
@@ -301,13 +301,6 @@ class Answering:
     """Text of each drawn token, if log-probs are wanted."""
     read: int = 0
     drawn: int = 0
-
-    @property
-    def usage(self) -> CompletionUsage:
-        """Tokens that were read and drawn."""
-        return CompletionUsage(
-            prompt_tokens=self.read, completion_tokens=self.drawn, total_tokens=self.read + self.drawn
-        )
 
     async def learn(self, tokens: Tensor) -> None:
         """Find the text of tokens that have none yet."""
