@@ -1,16 +1,17 @@
 """What a method sees: actors by kind, and the steps of its run."""
 
 import asyncio
-import functools
 import json
 import os
 import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from actors.actor import Actor, start
+from cluster import builders
 from cluster.bundles import bundles_for
 from cluster.config import MethodConfig
 from cluster.configure import may_change
@@ -29,6 +30,7 @@ from protocols.handle import Transport, call_times, make_handle
 from protocols.placement import Resources
 from protocols.policy import PolicyConfig, PolicyService
 from protocols.questioner import QuestionerConfig, QuestionerService
+from protocols.reward_model import RewardModelConfig, RewardModelService
 from protocols.service import CheckpointRequest, Service
 from protocols.verifier import VerifierConfig, VerifierService
 from protocols.workers import Rank, SamplerService, TrainerService
@@ -110,15 +112,7 @@ class Cluster:
         if config.split:
             return await self._split_policy(config, name)
 
-        def build() -> Actor:
-            if config.sampler.engine == "vllm":
-                from actors.policy.vllm_sampler import VLLMSamplerActor
-
-                return VLLMSamplerActor(config)
-            from actors.policy.policy import PolicyActor
-
-            return PolicyActor(config)
-
+        build = partial(builders.policy, config)
         commit = config.trainer is not None
         return await self._spawn(PolicyService, name, build, config.sampler_resources, commit=commit)
 
@@ -140,15 +134,6 @@ class Cluster:
         if config.trainer.workers > 1 and self.config.transport != "ray":
             raise BadInput(f"{name}.trainer.workers: more than one rank needs transport=ray")
 
-        def build_sampler() -> Actor:
-            if config.sampler.engine == "vllm":
-                from actors.policy.vllm_sampler import VLLMSamplerActor
-
-                return VLLMSamplerActor(config)
-            from actors.policy.sampler_worker import SamplerActor
-
-            return SamplerActor(config)
-
         def build_rank(rank: Rank) -> Actor:
             from actors.policy.trainer_worker import TrainerActor
 
@@ -162,7 +147,12 @@ class Cluster:
         apart, count = f"{name}-sampler", config.sampler_resources.replicas
         places = await self._places(name, config)
         sampler = await self._spawn(
-            SamplerService, apart, build_sampler, config.sampler_resources, commit=False, places=places[:count]
+            SamplerService,
+            apart,
+            partial(builders.sampler, config),
+            config.sampler_resources,
+            commit=False,
+            places=places[:count],
         )
         single = [
             make_handle(SamplerService, transport, self.config.deadline_s) for transport in self._started[apart]
@@ -214,25 +204,36 @@ class Cluster:
         self, config: QuestionerConfig, policy: PolicyService, *, name: str = "questioner"
     ) -> QuestionerService:
         """A questioner that plays its role over a policy."""
-
-        def build() -> Actor:
-            from actors.questioner import QuestionerActor
-
-            return QuestionerActor(config, policy)
-
-        return await self._spawn(QuestionerService, name, build, config.resources)
+        return await self._spawn(
+            QuestionerService, name, partial(builders.questioner, config, policy), config.resources
+        )
 
     async def verifier(
         self, config: VerifierConfig, policy: PolicyService | None, *, name: str = "verifier"
     ) -> VerifierService:
         """A verifier; without a policy it goes by rules alone."""
-
-        def build() -> Actor:
-            from actors.verifier import VerifierActor
-
-            return VerifierActor(config, policy)
-
+        build = partial(builders.verifier, config, policy)
         return await self._spawn(VerifierService, name, build, config.resources, commit=False)
+
+    async def reward_model(self, config: RewardModelConfig, *, name: str = "reward_model") -> RewardModelService:
+        """A reward model. One that learns is part of every commit; of several ranks each is a process of its own."""
+
+        def build_rank(rank: Rank) -> Actor:
+            from actors.policy.trainer_worker import TrainerActor
+
+            return TrainerActor(config, rank)
+
+        ranks, trainer = None, config.trainer
+        if trainer is not None and config.split:
+            if trainer.workers > 1 and self.config.transport != "ray":
+                raise BadInput(f"{name}.trainer.workers: more than one rank needs transport=ray")
+            places = [None] * trainer.workers
+            ranks = await self._spawn_ranks(f"{name}-trainer", build_rank, config.resources, trainer.workers, places)
+
+        build = partial(builders.reward_model, config, ranks)
+        # Before its ranks it computes nothing, unless there is a reference.
+        own = config.resources if not config.split or config.needs_reference else Resources()
+        return await self._spawn(RewardModelService, name, build, own, commit=config.learns)
 
     async def _spawn(
         self,
@@ -424,7 +425,7 @@ class Cluster:
             checkpoint_every=config.checkpoint_every,
             keep=config.keep_checkpoints,
             show=self._activity,
-            on_commit=functools.partial(_show, progress, tracker),
+            on_commit=partial(_show, progress, tracker),
             begun=begun,
             commit_first=self._commits_first,
         )

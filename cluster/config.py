@@ -1,11 +1,22 @@
 """The part of a configuration that every method has."""
 
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cluster.gateway.config import GatewayConfig
 from protocols.service import Message
+
+
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Two nested mappings as one; where both have a leaf, the second wins."""
+    result = dict(base)
+    for key, value in over.items():
+        old = result.get(key)
+        both = isinstance(old, Mapping) and isinstance(value, Mapping)
+        result[key] = merged(old, value) if both else value  # type: ignore[arg-type]
+    return result
 
 
 class MethodConfig(Message):
@@ -47,6 +58,11 @@ class MethodConfig(Message):
         }
     )
 
+    # Likewise of a reward model's.
+    REWARD_MAY_CHANGE: ClassVar[frozenset[str]] = frozenset(
+        {"resources", "trainer.workers", "trainer.zero_stage", "trainer.offload"}
+    )
+
     # Short names for nested keys, for the command line and for files.
     SHORTCUTS: ClassVar[dict[str, str]] = {}
 
@@ -75,3 +91,13 @@ class MethodConfig(Message):
     """Let services query the run's actors over gRPC meanwhile, e.g. gateway.address=127.0.0.1:50051; null: no."""
     deadline_s: float = Field(default=3600.0, gt=0)
     """Longest wait for one call to an actor, in seconds; then the run fails and names the actor."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _over_defaults(cls, given: Any) -> Any:
+        """A part that is given leaves the rest of its field's default: `loss.kl_coef=0.1` keeps the temperature."""
+        if not isinstance(given, Mapping):
+            return given
+        defaults = {name: cls.model_fields[name].default for name in given if name in cls.model_fields}
+        parts = {name: default.model_dump() for name, default in defaults.items() if isinstance(default, Message)}
+        return merged(parts, given)

@@ -12,10 +12,11 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from cluster.config import MethodConfig
+from cluster.config import MethodConfig, merged
 from cluster.run_directory import flatten
 from protocols.errors import BadInput, describe_validation_error
 from protocols.policy import PolicyConfig
+from protocols.reward_model import RewardModelConfig
 
 C = TypeVar("C", bound=MethodConfig)
 PROFILES = Path(__file__).parent / "profiles"
@@ -58,12 +59,17 @@ def _without(values: Mapping[str, Any], paths: set[str], prefix: str = "") -> di
 def may_change(config: MethodConfig) -> set[str]:
     """Keys that may differ from those of a run that is continued."""
     inner = {f"{field}.{key}" for field in policy_fields(type(config)) for key in config.POLICY_MAY_CHANGE}
+    inner |= {f"{field}.{key}" for field in _reward_fields(type(config)) for key in config.REWARD_MAY_CHANGE}
     return {*config.MAY_CHANGE, *inner}
 
 
 def policy_fields(kind: type[BaseModel]) -> list[str]:
     """Names of the fields that hold a policy's configuration."""
     return [name for name, field in kind.model_fields.items() if _model_of(field.annotation) is PolicyConfig]
+
+
+def _reward_fields(kind: type[BaseModel]) -> list[str]:
+    return [name for name, field in kind.model_fields.items() if _model_of(field.annotation) is RewardModelConfig]
 
 
 def _profile(kind: type[MethodConfig], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,16 +112,6 @@ def _describe(kind: type[BaseModel], default: BaseModel | None, prefix: str) -> 
             yield path, _type_name(field.annotation), _shown(value), meaning
         if inner is not None:
             yield from _describe(inner, value if isinstance(value, inner) else None, f"{path}.")
-
-
-def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Two nested mappings as one; where both have a leaf, the second wins."""
-    result = dict(base)
-    for key, value in over.items():
-        old = result.get(key)
-        both = isinstance(old, Mapping) and isinstance(value, Mapping)
-        result[key] = merged(old, value) if both else value  # type: ignore[arg-type]
-    return result
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:

@@ -9,7 +9,9 @@ import torch
 from actors.policy.loading import load_outline
 from cluster.config import MethodConfig
 from protocols.errors import BadInput
+from protocols.model import ModelConfig
 from protocols.policy import PolicyConfig
+from protocols.reward_model import RewardModelConfig
 
 GIB = 1 << 30
 ADAM, GRADIENT, WEIGHT = 8, 4, 4
@@ -79,7 +81,7 @@ class Placed:
     problem: str = ""
 
 
-def size_of(config: PolicyConfig) -> Size:
+def size_of(config: ModelConfig) -> Size:
     """Read a model's configuration; no weights are loaded. Raises BadInput when there is no such model."""
     model = load_outline(config).model
     parameters = list(model.named_parameters())
@@ -121,7 +123,29 @@ def processes(name: str, config: PolicyConfig, size: Size) -> Iterator[Process]:
         )
 
 
-def _trainer_bytes(config: PolicyConfig, size: Size) -> tuple[dict[str, float], dict[str, float]]:
+def reward_processes(name: str, config: RewardModelConfig, size: Size) -> Iterator[Process]:
+    """The processes of a reward model: copies that do not learn, one that does, or its ranks."""
+    weight = 2 if config.dtype == "bfloat16" else WEIGHT
+    frozen = {"weights": float(size.weights * weight)}
+    reference = {"reference": float(size.weights * weight)} if config.needs_reference else {}
+    trainer, own = config.trainer, config.resources
+    if trainer is None:
+        for index in range(own.replicas):
+            parts = _in_gib(frozen | reference)
+            yield Process(_numbered(name, index, own.replicas), own.cpus, own.gpus, parts, computes_on=config.device)
+        return
+    device, host = _trainer_bytes(config, size)
+    if not config.split:
+        yield Process(name, own.cpus, own.gpus, _in_gib(device | reference), _in_gib(host), config.device)
+        return
+    for index in range(trainer.workers):
+        rank = f"{name}-trainer-{index}"
+        yield Process(rank, own.cpus, own.gpus, _in_gib(device), _in_gib(host), config.device)
+    if reference:
+        yield Process(name, own.cpus, own.gpus, _in_gib(reference), computes_on=config.device)
+
+
+def _trainer_bytes(config: ModelConfig, size: Size) -> tuple[dict[str, float], dict[str, float]]:
     """Bytes of one rank: on its device, and in the machine's memory when the optimiser is kept there."""
     trainer = config.trainer
     assert trainer is not None
@@ -241,10 +265,14 @@ def _gpus_for(wanted: float, free: Sequence[float]) -> list[int] | None:
     return fitting[:count] if len(fitting) >= count else None
 
 
-def plan(config: MethodConfig, policies: Mapping[str, PolicyConfig], nodes: Sequence[Node]) -> list[Placed]:
-    """Where each process of the policies goes. The actors of other kinds hold no weights and take no core."""
-    here = {name: policy for name, policy in policies.items() if policy.at is None}
-    wanted = [one for name, policy in here.items() for one in processes(name, policy, size_of(policy))]
+def plan(config: MethodConfig, models: Mapping[str, ModelConfig], nodes: Sequence[Node]) -> list[Placed]:
+    """Where each process of the models goes. The actors of other kinds hold no weights and take no core."""
+    wanted: list[Process] = []
+    for name, model in models.items():
+        if isinstance(model, RewardModelConfig):
+            wanted += reward_processes(name, model, size_of(model))
+        elif isinstance(model, PolicyConfig) and model.at is None:
+            wanted += processes(name, model, size_of(model))
     return place(wanted, nodes, inline=config.transport == "inline")
 
 

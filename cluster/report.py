@@ -4,6 +4,8 @@ A method may write two files into its run directory that shape the page:
 summary.json   {"title": str, "rows": [{"name", "before", "after", "note"}], "notes": [str]}
 panels.json    {"Loop reward and truth": ["reward/responder", "eval/gold"], ...}: plots that stand first,
                in this order, with these metrics side by side.
+A row of its samples.jsonl may hold `tokens`, `values` and more: the viewer then colours the reply's tokens by their
+values (`cluster.report_samples.token_values`).
 """
 
 import json

@@ -4,8 +4,10 @@ import json
 import math
 import statistics
 from array import array
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -16,7 +18,14 @@ PER_STEP = 20
 LONGEST_TEXT = 20_000
 """Longer texts lose their middle, and are cut shorter still while the choice is over `MOST_BYTES`."""
 
-Sample = dict[str, str | int | float | bool | None]
+TOKEN_CHARS = 5
+"""A token with a value counts as at least so many characters: `LONGEST_TEXT` is 4,000 tokens at most."""
+LARGEST_VALUE = 1e100
+"""Beyond it a number is no score of a token; within it means and distances stay finite."""
+
+Scalar = str | int | float | bool | None
+Sample = dict[str, Scalar | list[str] | list[float | None] | list[bool | None]]
+"""A row of the page. Only `tokens`, `values` and `marks` may be lists, and then they belong together."""
 Item = TypeVar("Item")
 
 
@@ -40,6 +49,62 @@ class Samples:
         for char in "<>&\u2028\u2029":
             text = text.replace(char, f"\\u{ord(char):04x}")
         return text
+
+
+@dataclass(frozen=True)
+class TokenValues:
+    """A reply in tokens with a value each, the lists equally long; no colour at `middle`, full at `scale` from it."""
+
+    tokens: list[str]
+    values: list[float | None]
+    marks: list[bool | None] | None
+    middle: float
+    scale: float
+
+    def fields(self, longest: int) -> Sample:
+        """The page's fields: of a long reply without its middle, and none where even its ends are too long."""
+        costs = [max(TOKEN_CHARS, len(token)) for token in self.tokens]
+        if sum(costs) <= longest:
+            head, tail = len(costs), 0
+        else:
+            head = bisect_right(list(accumulate(costs)), longest * 2 // 3)
+            tail = bisect_right(list(accumulate(reversed(costs))), longest // 3)
+        if not head + tail:
+            return {}
+        notice = f"\n[… {len(costs) - head - tail:,} tokens left out …]\n"
+        marks: Sample = {} if self.marks is None else {"marks": _ends(self.marks, head, tail, None)}
+        return marks | {
+            "tokens": _ends(self.tokens, head, tail, notice),
+            "values": _ends(self.values, head, tail, None),
+            "middle": self.middle,
+            "scale": self.scale,
+        }
+
+
+def token_values(row: dict[str, object]) -> TokenValues | None:
+    """What a row says about its reply's tokens, or None where it says nothing or nothing sound.
+
+    `tokens` [str] and `values` [number | null], a higher one being better, have to be of equal length; `marks`
+    [bool | null] may be a third. `middle` is the mean of the values and `scale` their largest distance from it,
+    unless the row holds finite numbers of these names. Numbers keep the seven digits of a 32-bit float.
+    """
+    tokens, given = row.get("tokens"), row.get("values")
+    if not (isinstance(tokens, list) and isinstance(given, list) and len(tokens) == len(given)):
+        return None
+    values = [_number(value) for value in given]
+    numbers = [value for value in values if value is not None]
+    # NaN, an infinity or a text among the values is a fault of the run that a colour would hide.
+    sound = len(numbers) == sum(value is not None for value in given)
+    if not (numbers and sound and all(isinstance(token, str) for token in tokens)):
+        return None
+    middle = _number(row.get("middle"))
+    if middle is None:
+        # Rounded like the values: else the mean of equal ones may differ from them in its last bit.
+        middle = _rounded(statistics.fmean(numbers))
+    scale = _number(row.get("scale"))
+    if scale is None or scale <= 0:
+        scale = _rounded(max(abs(value - middle) for value in numbers))
+    return TokenValues(tokens, values, _marks(row.get("marks"), len(tokens)), middle, scale)
 
 
 def choose_samples(path: Path, most: int = MOST_SAMPLES, most_bytes: int = MOST_BYTES) -> Samples:
@@ -83,7 +148,7 @@ def _places(file: BinaryIO) -> tuple[dict[int, "array[int]"], int]:
 def _parsed(line: bytes) -> dict[str, object] | None:
     try:
         row = json.loads(line.decode("utf-8", errors="replace"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) else None
 
@@ -124,17 +189,50 @@ def _chosen_rows(rows: list[dict[str, object]], quota: int) -> list[dict[str, ob
 def _fit(rows: list[dict[str, object]], most_bytes: int) -> tuple[list[Sample], int]:
     """Shorten texts, then drop rows, until the JSON is small enough."""
     longest = LONGEST_TEXT
+    parsed = [(row, token_values(row)) for row in rows]
     while True:
-        clean: list[Sample] = [{str(k): _clean(v, longest) for k, v in row.items()} for row in rows]
+        clean = [_shown(row, reply, longest) for row, reply in parsed]
         if len(clean) < 2 or len(Samples(clean).json.encode("utf-8", errors="replace")) <= most_bytes:
             return clean, longest
         if longest > 500:
             longest //= 2
         else:
-            rows = rows[::2]
+            parsed = parsed[::2]
 
 
-def _clean(value: object, longest: int) -> str | int | float | bool | None:
+def _shown(row: dict[str, object], reply: TokenValues | None, longest: int) -> Sample:
+    sample: Sample = {key: _clean(value, longest) for key, value in row.items()}
+    fields = reply.fields(longest) if reply else {}
+    if reply and fields and row.get("output") is None:
+        # The viewer searches this text, and puts the tokens in its place.
+        sample["output"] = _clean("".join(reply.tokens), longest)
+    return sample | fields
+
+
+def _number(value: object) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return _rounded(value) if abs(value) <= LARGEST_VALUE else None
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.7g}")
+
+
+def _marks(marks: object, count: int) -> list[bool | None] | None:
+    if not isinstance(marks, list) or len(marks) != count:
+        return None
+    return marks if all(mark is None or isinstance(mark, bool) for mark in marks) else None
+
+
+def _ends(items: list[Item], head: int, tail: int, between: Item) -> list[Item]:
+    """The first and the last items, with one in place of those left out, if there are any."""
+    if head + tail == len(items):
+        return items
+    return [*items[:head], between, *items[len(items) - tail :]]
+
+
+def _clean(value: object, longest: int) -> Scalar:
     """A scalar that JSON knows; lists and objects become text, and long texts lose their middle."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)

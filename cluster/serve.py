@@ -9,8 +9,10 @@ from cluster.cluster import Cluster
 from cluster.config import MethodConfig
 from cluster.gateway.config import GatewayConfig
 from cluster.gateway.running import SERVING
+from protocols.model import ModelConfig
 from protocols.policy import PolicyConfig
 from protocols.questioner import QuestionerConfig
+from protocols.reward_model import RewardModelConfig
 from protocols.verifier import VerifierConfig
 
 
@@ -26,7 +28,7 @@ class Config(MethodConfig):
 
     # Nothing is continued.
     MAY_CHANGE: ClassVar[frozenset[str]] = frozenset(
-        {*MethodConfig.model_fields, "attach", "policy", "verifier", "questioner"}
+        {*MethodConfig.model_fields, "attach", "policy", "verifier", "questioner", "reward_model"}
     )
     SHORTCUTS: ClassVar[dict[str, str]] = {"model": "policy.model", "address": "gateway.address"}
 
@@ -40,6 +42,8 @@ class Config(MethodConfig):
     """A verifier over the policy; null: none."""
     questioner: QuestionerConfig | None = None
     """A questioner over the policy; null: none."""
+    reward_model: RewardModelConfig | None = None
+    """A reward model, e.g. reward_model.kind=rules; null: none."""
     gateway: ServedGateway = ServedGateway()
     """Where and how callers reach them."""
 
@@ -50,9 +54,14 @@ class Config(MethodConfig):
         return self
 
 
-def policies(config: Config) -> dict[str, PolicyConfig]:
+def policies(config: Config) -> dict[str, ModelConfig]:
     """What the plan counts."""
-    return {} if config.attach else {"policy": config.policy}
+    if config.attach:
+        return {}
+    found: dict[str, ModelConfig] = {"policy": config.policy}
+    if config.reward_model is not None and config.reward_model.kind != "rules":
+        found["reward_model"] = config.reward_model
+    return found
 
 
 async def run(cluster: Cluster, config: Config) -> None:
@@ -65,4 +74,6 @@ async def run(cluster: Cluster, config: Config) -> None:
             await cluster.verifier(config.verifier, policy)
         if config.questioner is not None:
             await cluster.questioner(config.questioner, policy)
+        if config.reward_model is not None:
+            await cluster.reward_model(config.reward_model)
     await cluster.serve_until_stopped(lambda where: print(f"{SERVING}{where}; Ctrl-C stops", file=sys.stderr))

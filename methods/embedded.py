@@ -23,7 +23,8 @@ from methods.worlds.lessons import Lesson, Role, draw_lesson
 from methods.worlds.skeleton import END, TURN, Shape, write_skeleton
 from protocols.losses import SFTLoss
 from protocols.messages import Prompt, SamplingParams
-from protocols.policy import PolicyConfig, PolicyService, TokenizeRequest, TrainerConfig
+from protocols.model import TrainerConfig
+from protocols.policy import PolicyConfig, PolicyService, TokenizeRequest
 from protocols.prompts import document_block
 from protocols.questioner import QuestionerConfig
 from protocols.questions import Cluster as DocumentCluster

@@ -26,6 +26,7 @@ from methods.worlds.ledger_base import ledger_base
 from methods.worlds.text import TextWorld
 from methods.worlds.world import World
 from protocols.errors import BadInput, Stale
+from protocols.model import ModelConfig
 from protocols.policy import PolicyConfig, PolicyService, ScoreRequest
 from protocols.questioner import RememberRequest
 from protocols.questions import Cluster as DocumentCluster
@@ -137,10 +138,12 @@ async def make_policy(cluster: Cluster, config: Config) -> tuple[PolicyService, 
     return await cluster.policy(config.policy), config
 
 
-def policies(config: Config) -> dict[str, PolicyConfig]:
+def policies(config: Config) -> dict[str, ModelConfig]:
     """The models that a run loads, by the name of their actor."""
     frozen = config.policy.model_copy(update={"trainer": None, "lora": None, "at": None})
-    found = {"policy": config.policy}
+    found: dict[str, ModelConfig] = {"policy": config.policy}
+    if config.reward_model is not None and config.reward_model.kind != "rules":
+        found["reward_model"] = config.reward_model
     if config.loss.kl_coef:
         found["reference"] = frozen
     if config.audit.judge:
@@ -152,13 +155,19 @@ async def make_cast(
     cluster: Cluster, config: Config, policy: PolicyService
 ) -> tuple[Cast, PolicyService | None, Judge | None]:
     """The three roles over one policy; a frozen copy of the base if there is a KL; a judge if one is named."""
+    reward_model = await cluster.reward_model(config.reward_model) if config.reward_model is not None else None
+    known = (await reward_model.info(Empty())).tokenizer if reward_model is not None else ""
     cast = Cast(
         policy,
         await cluster.questioner(config.questioner, policy),
         await cluster.verifier(config.verifier, policy),
+        reward_model,
+        reads_tokens=known == (await policy.info(Empty())).tokenizer,
     )
     others = {
-        name: await cluster.policy(model, name=name) for name, model in policies(config).items() if name != "policy"
+        name: await cluster.policy(model, name=name)
+        for name, model in policies(config).items()
+        if isinstance(model, PolicyConfig) and name != "policy"
     }
     judge, grader = None, others.get("judge")
     if grader is not None:

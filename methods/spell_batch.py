@@ -66,7 +66,7 @@ def assemble(rounds: Sequence[Round], config: Config, rng: np.random.Generator) 
     kept = good[: config.questions_per_step]
     samples: list[Sample] = []
     if config.roles.responder:
-        samples += [sample for round_ in kept for sample in responder_samples(round_)]
+        samples += [sample for round_ in kept for sample in responder_samples(round_, config)]
     if config.proposals == "questioner":
         if config.roles.questioner:
             samples += questioner_samples(kept, rounds, config, rng)
@@ -75,10 +75,17 @@ def assemble(rounds: Sequence[Round], config: Config, rng: np.random.Generator) 
     return Batch(samples, len(kept), len(good) - len(kept))
 
 
-def responder_samples(round_: Round) -> list[Sample]:
-    """All G answers of a question; advantages within the group."""
+def responder_samples(round_: Round, config: Config) -> list[Sample]:
+    """All G answers of a question; advantages within the group.
+
+    A reward model's scores have a scale of their own, so they count as they stand within the group.
+    """
     assert round_.answers is not None
-    advantages = standardized(round_.rewards)
+    rewards = round_.rewards
+    if round_.scores:
+        weight, scores = config.rewards.model_weight, standardized(round_.scores)
+        rewards = [reward + weight * score for reward, score in zip(rewards, scores, strict=True)]
+    advantages = standardized(rewards)
     return [
         Sample(
             "responder",

@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from cluster.config import MethodConfig
-from cluster.configure import merged
 from methods.spell_maths import Combine, Shape
 from methods.worlds.text import TextConfig
 from protocols.losses import GRPOLoss
@@ -16,6 +15,7 @@ from protocols.messages import SamplingParams
 from protocols.policy import PolicyConfig
 from protocols.questioner import QuestionerConfig
 from protocols.questions import Task
+from protocols.reward_model import RewardModelConfig
 from protocols.service import Message
 from protocols.verifier import VerifierConfig
 
@@ -48,6 +48,8 @@ class RewardConfig(Message):
     """Width of the reward around mu."""
     combine: Combine = "max"
     """How rule and majority vote make the responder's reward (SPELL eq. 6: max)."""
+    model_weight: float = Field(default=0.25, ge=0)
+    """Factor of the reward model's score of an answer, standardised within its question, beside the verdict."""
     ungrounded: float = -0.5
     """Reward of a question that is answered without documents, or whose reference nothing supports."""
     bad_format: float = -1.0
@@ -137,6 +139,8 @@ class Config(MethodConfig):
     """How questions are written and remembered."""
     verifier: VerifierConfig = VerifierConfig()
     """How answers are judged."""
+    reward_model: RewardModelConfig | None = None
+    """Scores the responder's answers beside the verdict (rewards.model_weight); it does not learn. Null: none."""
     proposals: Literal["questioner", "gold"] = "questioner"
     """`gold`: train on given questions with true answers instead (the RLVR baseline)."""
     questions_per_step: int = Field(default=128, ge=1)
@@ -193,14 +197,10 @@ class Config(MethodConfig):
     dump_questions: int = Field(default=8, ge=0)
     """Questions per step whose samples go to samples.jsonl, with prompts, answers and votes; 0: none."""
 
-    @model_validator(mode="before")
+    @field_validator("task_weights", mode="before")
     @classmethod
-    def _over_defaults(cls, given: Any) -> Any:
-        """A part that is given leaves the rest of its field's default: `loss.kl_coef=0.1` keeps the temperature."""
-        if not isinstance(given, Mapping):
-            return given
-        defaults = {name: _as_mapping(field.default) for name, field in cls.model_fields.items() if name in given}
-        return merged({name: default for name, default in defaults.items() if default is not None}, given)
+    def _others_keep_theirs(cls, given: Any) -> Any:
+        return {**cls.model_fields["task_weights"].default, **given} if isinstance(given, Mapping) else given
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -212,6 +212,8 @@ class Config(MethodConfig):
                 )
         if min(self.task_weights.values(), default=0.0) < 0 or not any(self.task_weights.values()):
             raise ValueError("task_weights: expected weights of 0 or more, not all 0")
+        if self.reward_model is not None and self.reward_model.learns:
+            raise ValueError("reward_model.trainer: expected null, SPELL does not train its reward model")
         if self.policy.trainer is None:
             raise ValueError("policy.trainer is null, but SPELL trains its policy")
         if self.world == "text" and not self.text.documents:
@@ -221,12 +223,6 @@ class Config(MethodConfig):
         if self.world == "ledger" and (self.text.documents or self.policy.model != PolicyConfig().model):
             raise ValueError("world: the ledger has texts and a model of its own; leave out documents and model")
         return self
-
-
-def _as_mapping(default: Any) -> Mapping[str, Any] | None:
-    if isinstance(default, Message):
-        return default.model_dump()
-    return default if isinstance(default, Mapping) else None
 
 
 def fitted(config: Config, context_length: int) -> Config:

@@ -1,6 +1,6 @@
 """One question on its way through SPELL's stages: propose, probe, answer, verify (section 2.2, steps 2 to 6)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -16,11 +16,12 @@ from methods.spell_maths import (
     vote_value,
 )
 from protocols.errors import BadInput
-from protocols.messages import ChatMessage, Prompt
+from protocols.messages import ChatMessage, FinishReason, Prompt
 from protocols.policy import PolicyService, Sampled, SampleRequest, TokenizeRequest
 from protocols.prompts import response_prompt
 from protocols.questioner import ProposeRequest, QuestionerService
 from protocols.questions import Cluster, GoldQuestion, Proposal, ProposalStatus, Task
+from protocols.reward_model import Reply, RewardModelService, RewardRequest
 from protocols.verifier import JudgeItem, Judgement, JudgeRequest, VerifierService
 
 
@@ -44,11 +45,15 @@ DROPPED = frozenset({Fate.BAD_ANSWER, Fate.TRUNCATED, Fate.OVERLONG})
 
 @dataclass(frozen=True)
 class Cast:
-    """Who plays. All three use the same weights."""
+    """Who plays. The first three use the same weights."""
 
     policy: PolicyService
     questioner: QuestionerService
     verifier: VerifierService
+    reward_model: RewardModelService | None = None
+    """Says how good an answer is beside the verifier, if there is one."""
+    reads_tokens: bool = False
+    """Whether the reward model has the policy's tokenizer."""
 
 
 @dataclass
@@ -63,6 +68,8 @@ class Round:
     answers: Sampled | None = None
     judgements: list[Judgement] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+    """Of the answers, by the reward model; empty without one."""
 
     @property
     def accuracy(self) -> float:
@@ -199,6 +206,36 @@ async def _verify(cast: Cast, config: Config, rounds: list[Round], seed: int) ->
         round_.judgements = judgements
         round_.rewards = [answer_reward(judgement, config) for judgement in judgements]
         round_.fate = Fate.GOOD if has_spread(round_.rewards) else Fate.ZERO_VARIANCE
+    if cast.reward_model is not None:
+        await _score(cast, cast.reward_model, [round_ for round_ in rounds if round_.fate is Fate.GOOD])
+
+
+async def _score(cast: Cast, reward_model: RewardModelService, rounds: list[Round]) -> None:
+    """Let the reward model score the answers to learn from."""
+    replies = [reply for round_ in rounds for reply in _replies(round_, cast.reads_tokens)]
+    if not replies:
+        return
+    scores = iter((await reward_model.score(RewardRequest(replies=replies))).scores)
+    for round_ in rounds:
+        round_.scores = [next(scores).score for _ in round_.rewards]
+
+
+def _replies(round_: Round, reads_tokens: bool) -> Iterator[Reply]:
+    """The answers as a reward model reads them: by the policy's tokens, if it knows them."""
+    assert round_.answers is not None
+    text = response_prompt(round_.cluster.paragraphs, round_.proposal.as_question())
+    prompt = Prompt(messages=[ChatMessage(role="user", content=text)])
+    if reads_tokens:
+        prompt = Prompt(tokens=round_.answers.prompt_tokens)
+    for i, completion in enumerate(round_.answers.completions):
+        yield Reply(
+            uid=f"{round_.proposal.uid}/{i}",
+            prompt=prompt,
+            tokens=completion.tokens if reads_tokens else None,
+            text=completion.text,
+            ended=completion.finish_reason is FinishReason.STOP,
+            reference=round_.proposal.answer,
+        )
 
 
 async def _judge(

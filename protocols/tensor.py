@@ -210,3 +210,5 @@ Vectors = Annotated[Tensor, Axes("float32", "BD")]
 """One vector per row, float32[B, D]."""
 Versions = Annotated[Tensor, Axes("int32", "T")]
 """The weight version that produced each token, int32[T]."""
+Ends = Annotated[Tensor, Axes("int32", "T")]
+"""Where each token ends in the text that they make up, in characters, int32[T]."""

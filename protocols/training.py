@@ -8,6 +8,8 @@ from protocols.losses import LossSpec
 from protocols.service import Message
 from protocols.tensor import PerToken, TokenIds, Versions
 
+ARRAYS = ("advantages", "sampled_logprobs", "versions", "reference_logprobs", "targets", "old_scores")
+
 
 class TrainRow(Message):
     """One token sequence to learn from. All arrays have its length T; entry t belongs to token t.
@@ -28,7 +30,13 @@ class TrainRow(Message):
     versions: Versions | None = None
     """Weight version under which each token was sampled, int32[T]."""
     reference_logprobs: PerToken | None = None
-    """Log-probs under the reference policy, float32[T]; needed by terms with a KL."""
+    """Log-probs under the reference policy, float32[T]; needed by terms with a KL and by log-ratios."""
+    pair: str = ""
+    """Name that two rows share which a term over pairs compares."""
+    targets: PerToken | None = None
+    """What scores are to become, float32[T]; needed by `value` and `steps`."""
+    old_scores: PerToken | None = None
+    """Scores when the rows were sampled, float32[T]; needed by `value` with a clip."""
 
     @model_validator(mode="after")
     def _same_length(self) -> Self:
@@ -36,9 +44,7 @@ class TrainRow(Message):
         if length < 2:
             raise ValueError(f"row {self.row_id!r}: expected at least 2 tokens, got {length}")
         arrays = {f"terms[{name!r}]": weights for name, weights in self.terms.items()} | {
-            name: getattr(self, name)
-            for name in ("advantages", "sampled_logprobs", "versions", "reference_logprobs")
-            if getattr(self, name) is not None
+            name: getattr(self, name) for name in ARRAYS if getattr(self, name) is not None
         }
         for name, array in arrays.items():
             if len(array) != length:
@@ -74,9 +80,10 @@ class TermReport(Message):
     loss: float
     """Value of the term, before its factor."""
     count: float
-    """What it was divided by: tokens or sequences with a non-zero weight."""
+    """What it was divided by: tokens or sequences with a non-zero weight, or pairs."""
     metrics: dict[str, float] = {}
-    """Means over the term's tokens: ratio, clip share, KL, entropy, log-prob gap to the sampler."""
+    """Means over the term's tokens: ratio, clip share, KL, entropy, log-prob gap to the sampler. Over its pairs:
+    margin, and share that is told apart."""
 
 
 class ForwardBackwardResponse(Message):

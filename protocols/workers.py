@@ -1,5 +1,4 @@
-"""Workers of a policy whose sampler and trainer live apart. These services stay inside of a cluster: weights never
-cross gRPC."""
+"""Workers of policies and reward models. These services stay inside of a cluster: weights never cross gRPC."""
 
 from abc import abstractmethod
 from typing import ClassVar
@@ -8,7 +7,7 @@ from pydantic import Field
 
 from protocols.policy import PolicyService, ScoreRequest, ScoreResponse
 from protocols.service import CheckpointRequest, CheckpointResponse, Empty, Message, Service, rpc
-from protocols.tensor import DType, Tensor
+from protocols.tensor import DType, PerToken, Tensor, TokenIds
 from protocols.training import (
     ForwardBackwardRequest,
     ForwardBackwardResponse,
@@ -64,8 +63,26 @@ class TrainerInfo(Message):
 
     version: int
     """Weight version; every optimiser step raises it by one."""
+    parameters: int
+    """Number of weights."""
     trainable_parameters: int
     """Number of weights that a step changes."""
+
+
+class ValuesRequest(Message):
+    """Asks for the scores of given sequences."""
+
+    sequences: list[TokenIds] = Field(min_length=1)
+    """Token ids, int32[T] each, at least one token."""
+
+
+class ValuesResponse(Message):
+    """Scores per sequence."""
+
+    values: list[PerToken]
+    """Entry t is of the state that has read token t, float32[T]."""
+    version: int
+    """Weight version that scored."""
 
 
 class SamplerService(PolicyService):
@@ -96,7 +113,7 @@ class SamplerService(PolicyService):
 
 
 class TrainerService(Service):
-    """One rank of the group that trains a policy. Every call goes to all ranks, which answer alike."""
+    """One rank of the group that trains a model. Every call goes to all ranks, which answer alike."""
 
     kind: ClassVar[str] = "trainer"
 
@@ -119,6 +136,11 @@ class TrainerService(Service):
     @abstractmethod
     async def score(self, request: ScoreRequest) -> ScoreResponse:
         """Log-probs under the trainer's own weights."""
+
+    @rpc(dispatch="all")
+    @abstractmethod
+    async def values(self, request: ValuesRequest) -> ValuesResponse:
+        """Scores by a model with a scalar head, under the trainer's own weights."""
 
     @rpc(dispatch="all")
     @abstractmethod

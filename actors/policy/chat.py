@@ -1,5 +1,7 @@
-"""From prompts to tokens."""
+"""From prompts to tokens, and from tokens to text."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,6 +30,28 @@ def encode(prompt: Prompt, tokenizer: Any) -> NDArray[np.int32]:
     if not array.size:
         raise BadInput(f"prompt {prompt.uid!r}: expected at least one token, got none")
     return array
+
+
+def ends_of(tokens: NDArray[np.int32], tokenizer: Any) -> NDArray[np.int32]:
+    """Where each token ends in the text of all, special ones left out, in characters: int32[T].
+
+    A token that only begins a character ends where that begins.
+    """
+    tail = TextTail(tokenizer)
+    ends = []
+    for token in tokens.tolist():
+        tail.push(token)
+        ends.append(len(tail.text))
+    tail.finish()
+    if ends:
+        ends[-1] = len(tail.text)
+    return np.asarray(ends, np.int32)
+
+
+def vocabulary_digest(tokenizer: Any) -> str:
+    """Names a vocabulary: which token has which number."""
+    numbered = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
+    return hashlib.sha256(json.dumps(numbered).encode()).hexdigest()[:16]
 
 
 class TextTail:

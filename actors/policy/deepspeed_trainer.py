@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from actors.policy.loading import Loaded
+from actors.policy.microbatch import MicroBatch
 from actors.policy.ranks import use_environment
 from actors.policy.torch_trainer import NOTHING, Sums, TorchTrainer, in_pieces, rate_share
 from actors.policy.weights import write_model
 from protocols.errors import BadInput, Corrupt, Stale
-from protocols.policy import TrainerConfig
+from protocols.model import Head, TrainerConfig
 from protocols.training import (
     ForwardBackwardRequest,
     ForwardBackwardResponse,
@@ -37,8 +38,9 @@ class DeepSpeedTrainer(TorchTrainer):
         seed: int = 0,
         rank: Rank,
         half: bool = False,
+        head: Head = "vocabulary",
     ) -> None:
-        super().__init__(model, config, seed=seed, rank=rank)
+        super().__init__(model, config, seed=seed, rank=rank, head=head)
         deepspeed = import_deepspeed()
         use_environment(rank)
         deepspeed.init_distributed(torch.distributed.get_backend(), auto_mpi_discovery=False)
@@ -66,9 +68,9 @@ class DeepSpeedTrainer(TorchTrainer):
         # The engine takes the mean over ranks; every term is divided by its count over all of them already.
         self._engine.backward(loss * self._rank.world)
 
-    def _keep_in_step(self, request: ForwardBackwardRequest, counts: dict[str, float]) -> None:
+    def _keep_in_step(self, request: ForwardBackwardRequest, group: MicroBatch, counts: dict[str, float]) -> None:
         # A forward pass gathers shards from all ranks, so a rank without rows goes through one that counts nothing.
-        self._micro_batch(request.rows[:1], request.losses, counts, Sums(), factor=0.0)
+        self._micro_batch(request, group, counts, Sums(), factor=0.0)
 
     def forget(self) -> None:
         """Drop the accumulated gradients."""

@@ -51,6 +51,20 @@ def logits_of(
     return logits_BKV, torch.from_numpy(tokens_BT[:, positions_K]).to(device), positions_K
 
 
+def scores_of(
+    model: Any, rows: Sequence[NDArray[np.int32]], wanted_BT: NDArray[np.bool_]
+) -> tuple[torch.Tensor, NDArray[np.int64]]:
+    """Scores of the wanted tokens by a model with a scalar head, float32[B, K], and their K positions in T.
+
+    The score of a token comes from the state that has read it, one position after that which predicts it.
+    """
+    positions_K = np.flatnonzero(wanted_BT.any(axis=0))
+    inputs = attention_inputs([len(row) for row in rows], model.device)
+    inputs["input_ids"] = torch.from_numpy(pad_right(rows).astype(np.int64)).to(model.device)
+    output = model(use_cache=False, logits_to_keep=torch.from_numpy(positions_K).to(model.device), **inputs)
+    return output.logits.float().squeeze(-1), positions_K
+
+
 def _one_after_another(
     model: Any, rows: Sequence[NDArray[np.int32]], positions_K: NDArray[np.int64], shared: int
 ) -> tuple[dict[str, torch.Tensor], NDArray[np.int64]]:
@@ -119,6 +133,18 @@ def score(
         for i, logprobs_K in zip(group, logprobs_BK, strict=True):
             results[i][1:] = logprobs_K[: len(rows[i]) - 1]
     return results
+
+
+@torch.no_grad()
+def token_scores(model: Any, rows: Sequence[NDArray[np.int32]], budget: int) -> list[NDArray[np.float32]]:
+    """Scores of every token of every row by a model with a scalar head, float32[T] each."""
+    results: dict[int, NDArray[np.float32]] = {}
+    for group in by_length([len(row) for row in rows], budget, padding=0.1):
+        chosen = [rows[i] for i in group]
+        scores_BT, _ = scores_of(model, chosen, np.ones((len(chosen), max(map(len, chosen))), np.bool_))
+        for i, scores_T in zip(group, scores_BT.cpu().numpy(), strict=True):
+            results[i] = scores_T[: len(rows[i])]
+    return [results[i] for i in range(len(rows))]
 
 
 @torch.no_grad()

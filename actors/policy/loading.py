@@ -1,7 +1,8 @@
 """Loading a model and its tokenizer in Hugging Face format."""
 
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,18 @@ import torch
 from huggingface_hub import file_exists, try_to_load_from_cache
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+)
+from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import logging as transformers_logging
 
 from protocols.errors import BadInput
-from protocols.policy import LoRAConfig, PolicyConfig
+from protocols.model import Head, LoRAConfig, ModelConfig
 
 # A run has its own display; bars of every save and load would tear it.
 transformers_logging.disable_progress_bar()
@@ -35,6 +43,7 @@ class Loaded:
     eos_token_ids: list[int]
     context_length: int
     trainable: bool
+    head: Head = "vocabulary"
 
     @property
     def vocab_size(self) -> int:
@@ -64,8 +73,8 @@ class Loaded:
             raise BadInput(f"{name}: got token ids {tokens.min()} to {tokens.max()}, expected 0 to {limit}")
 
 
-def load(config: PolicyConfig, *, frozen: bool = False) -> Loaded:
-    """Load the model of a policy onto its device. Raises BadInput when there is no such model.
+def load(config: ModelConfig, *, frozen: bool = False) -> Loaded:
+    """Load a model onto its device. Raises BadInput when there is no such model.
 
     `frozen`: as it is trained, adapter included, but to be sampled from alone.
     """
@@ -76,11 +85,14 @@ def load(config: PolicyConfig, *, frozen: bool = False) -> Loaded:
     dtype = torch.bfloat16 if frozen_half else torch.float32
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = _random_model(source, config.seed, dtype) if config.init == "random" else pretrained(source, dtype)
+        model = _drawn_from(config, source, dtype)
     except UNREADABLE as error:
         raise BadInput(f"model: cannot load {config.model!r}: {_first_line(error)}") from error
+    if config.head == "scalar" and model.config.get_text_config().pad_token_id is None:
+        # Whoever scores batches with the saved model must know where its rows end.
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     if config.lora is not None and config.trainer is not None:
-        model = _with_adapter(model, config.lora, config.seed)
+        model = _with_adapter(model, config.lora, config.seed, config.head)
     else:
         # A sampler's copy says the same as the trainer's: it decides on kernels, so on the last bits.
         model.requires_grad_(config.trainer is not None)
@@ -88,33 +100,71 @@ def load(config: PolicyConfig, *, frozen: bool = False) -> Loaded:
         # The faster kernels leave the cap out without a word.
         model.set_attn_implementation("eager")
     model.to(device).eval()
-    return Loaded(model, tokenizer, _eos_ids(model, tokenizer), _context_length(model), trainable)
+    return Loaded(model, tokenizer, _eos_ids(model, tokenizer), _context_length(model), trainable, config.head)
 
 
-def load_outline(config: PolicyConfig) -> Loaded:
+def load_outline(config: ModelConfig) -> Loaded:
     """A model without its weights, for an engine that holds them: names, shapes, vocabulary, tokenizer."""
     source = resolve(config.model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
+            model = _random_model(source, config.head, torch.float32)
             if config.lora is not None:
-                model = _with_adapter(model, config.lora, config.seed)
+                model = _with_adapter(model, config.lora, config.seed, config.head)
     except UNREADABLE as error:
         raise BadInput(f"model: cannot load {config.model!r}: {_first_line(error)}") from error
     model.requires_grad_(False)
     with suppress(OSError):  # not every model has one
         model.generation_config = GenerationConfig.from_pretrained(source)
-    return Loaded(model, tokenizer, _eos_ids(model, tokenizer), _context_length(model), trainable=False)
+    return Loaded(model, tokenizer, _eos_ids(model, tokenizer), _context_length(model), False, config.head)
 
 
-def pretrained(source: str | Path, dtype: torch.dtype) -> Any:
-    """A model with all of its weights (transformers makes up what is missing). Raises one of UNREADABLE."""
-    model, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
-    missing = sorted(info["missing_keys"])
+def pretrained(source: str | Path, dtype: torch.dtype, head: Head = "vocabulary", *, new_head: bool = False) -> Any:
+    """A model with all of its weights (transformers makes up what is missing). Raises one of UNREADABLE.
+
+    `new_head`: a scalar head may be missing, and is then drawn at random.
+    """
+    if head == "vocabulary":
+        model, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
+    else:
+        with _quiet():  # it reports a missing head, which is what is expected of a base model
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                source, dtype=dtype, num_labels=1, output_loading_info=True
+            )
+        score_tokens(model)
+    missing = sorted(set(info["missing_keys"]) - ({"score.weight"} if new_head else set()))
     if missing:
         raise ValueError(f"{len(missing)} weights are missing, the first is {missing[0]}")
     return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+
+
+def score_tokens(model: Any) -> None:
+    """Make a sequence classifier answer with the scores of all tokens, or those to keep, not of the last alone.
+
+    It keeps the names of its class and weights, so that what it saves is a sequence classifier. Raises ValueError
+    when it has no plain head.
+    """
+    if not isinstance(getattr(model, "score", None), torch.nn.Linear):
+        raise ValueError(f"{type(model).__name__} has no linear head named `score`, so its tokens cannot be scored")
+
+    def forward(
+        self: Any, input_ids: torch.Tensor, logits_to_keep: Any = slice(None), **inputs: Any
+    ) -> SequenceClassifierOutput:
+        states_BTD = self.base_model(input_ids=input_ids, **inputs).last_hidden_state
+        return SequenceClassifierOutput(logits=self.score(states_BTD[:, logits_to_keep]))
+
+    model.__class__ = type(type(model).__name__, (type(model),), {"forward": forward})
 
 
 def resolve(model: str) -> str:
@@ -158,13 +208,26 @@ def device_of(name: str) -> torch.device:
         ) from error
 
 
-def _random_model(source: str, seed: int, dtype: torch.dtype) -> Any:
+def _drawn_from(config: ModelConfig, source: str, dtype: torch.dtype) -> Any:
+    """The model with its weights; what is drawn at random depends on the seed alone."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source), dtype=dtype)
+        torch.manual_seed(config.seed)
+        if config.init == "random":
+            return _random_model(source, config.head, dtype)
+        return pretrained(source, dtype, config.head, new_head=True)
 
 
-def _with_adapter(model: Any, config: LoRAConfig, seed: int) -> Any:
+def _random_model(source: str, head: Head, dtype: torch.dtype) -> Any:
+    shape = AutoConfig.from_pretrained(source)
+    if head == "vocabulary":
+        return AutoModelForCausalLM.from_config(shape, dtype=dtype)
+    shape.num_labels = 1
+    model = AutoModelForSequenceClassification.from_config(shape, dtype=dtype)
+    score_tokens(model)
+    return model
+
+
+def _with_adapter(model: Any, config: LoRAConfig, seed: int, head: Head) -> Any:
     from peft import LoraConfig, get_peft_model
 
     names = config.target_modules
@@ -173,7 +236,9 @@ def _with_adapter(model: Any, config: LoRAConfig, seed: int) -> Any:
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
         target_modules=names if names == "all-linear" else [name.strip() for name in names.split(",")],
-        task_type="CAUSAL_LM",
+        task_type="CAUSAL_LM" if head == "vocabulary" else None,
+        # A head that starts at random has nothing to adapt.
+        modules_to_save=["score"] if head == "scalar" else None,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -184,7 +249,7 @@ def _with_adapter(model: Any, config: LoRAConfig, seed: int) -> Any:
 
 
 def _eos_ids(model: Any, tokenizer: Any) -> list[int]:
-    configured = getattr(model.generation_config, "eos_token_id", None)
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = configured if isinstance(configured, list) else [configured]
     return sorted({int(i) for i in [*ids, tokenizer.eos_token_id] if i is not None})
 

@@ -1,4 +1,4 @@
-"""One pure function per loss term: from log-probs to a loss per token.
+"""One pure function per loss term over tokens: from log-probs or scores to a loss per token.
 
 All arrays are [B, T]; entry t belongs to token t of the row. Reduction, factors and micro-batches are the
 trainer's business, so the functions hold nothing but the formula.
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from protocols.losses import GRPOLoss, LossSpec, SFTLoss
+from protocols.losses import GRPOLoss, PolicyLoss, ReinforceLoss, SFTLoss, StepsLoss, ValueLoss
 
 LOG_RATIO_LIMIT = 20.0
 
@@ -20,9 +20,12 @@ class TokenBatch:
 
     logprobs_BT: Tensor
     entropy_BT: Tensor
+    scores_BT: Tensor
     advantages_BT: Tensor
     sampled_logprobs_BT: Tensor
     reference_logprobs_BT: Tensor
+    targets_BT: Tensor
+    old_scores_BT: Tensor
 
 
 @dataclass(frozen=True)
@@ -33,11 +36,20 @@ class TokenLoss:
     metrics: dict[str, Tensor]
 
 
-def token_loss(spec: LossSpec, batch: TokenBatch) -> TokenLoss:
-    """The loss per token of any term."""
-    if isinstance(spec, GRPOLoss):
-        return grpo(spec, batch)
-    return sft(spec, batch)
+def token_loss(spec: PolicyLoss | StepsLoss | ValueLoss, batch: TokenBatch) -> TokenLoss:
+    """The loss per token of any term over tokens."""
+    match spec:
+        case GRPOLoss():
+            return grpo(spec, batch)
+        case ReinforceLoss():
+            return reinforce(spec, batch)
+        case ValueLoss():
+            return value(spec, batch)
+        case StepsLoss():
+            return TokenLoss((batch.scores_BT.tanh() - batch.targets_BT).square(), {})
+        case SFTLoss():
+            return sft(spec, batch)
+    raise TypeError(f"no function for {type(spec).__name__}")
 
 
 def sft(spec: SFTLoss, batch: TokenBatch) -> TokenLoss:
@@ -67,6 +79,18 @@ def grpo(spec: GRPOLoss, batch: TokenBatch) -> TokenLoss:
         "sampler_gap": log_ratio_BT.detach().abs(),
         "entropy": batch.entropy_BT.detach(),
     }
+    return _regularised(spec, TokenLoss(loss_BT, metrics), batch)
+
+
+def reinforce(spec: ReinforceLoss, batch: TokenBatch) -> TokenLoss:
+    """-A log p (Williams 1992)."""
+    per_token = TokenLoss(-batch.advantages_BT * batch.logprobs_BT, {"entropy": batch.entropy_BT.detach()})
+    return _regularised(spec, per_token, batch)
+
+
+def _regularised(spec: GRPOLoss | ReinforceLoss, per_token: TokenLoss, batch: TokenBatch) -> TokenLoss:
+    """With the KL to the reference and the bonus for entropy."""
+    loss_BT, metrics = per_token.loss_BT, dict(per_token.metrics)
     if spec.kl_coef:
         kl_BT = k3(batch.logprobs_BT, batch.reference_logprobs_BT)
         loss_BT = loss_BT + spec.kl_coef * kl_BT
@@ -74,6 +98,18 @@ def grpo(spec: GRPOLoss, batch: TokenBatch) -> TokenLoss:
     if spec.entropy_coef:
         loss_BT = loss_BT - spec.entropy_coef * batch.entropy_BT
     return TokenLoss(loss_BT, metrics)
+
+
+def value(spec: ValueLoss, batch: TokenBatch) -> TokenLoss:
+    """(V - target)^2; with a clip the larger error of V and of V clipped to its old value -+ clip."""
+    error_BT = (batch.scores_BT - batch.targets_BT).square()
+    metrics = {"value": batch.scores_BT.detach(), "target": batch.targets_BT}
+    if not spec.clip:
+        return TokenLoss(error_BT, metrics)
+    moved_BT = (batch.scores_BT - batch.old_scores_BT).clamp(-spec.clip, spec.clip)
+    clipped_BT = (batch.old_scores_BT + moved_BT - batch.targets_BT).square()
+    metrics["clip_share"] = (clipped_BT > error_BT).float()
+    return TokenLoss(torch.maximum(error_BT, clipped_BT), metrics)
 
 
 def k3(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:

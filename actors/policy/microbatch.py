@@ -1,5 +1,6 @@
 """Cutting a batch into pieces that fit, and padding a piece into arrays."""
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,6 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+SMALL = 2048
+"""Tokens of a micro-batch below which more of them cost hardly more."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,26 @@ def by_prompt(rows: Sequence[NDArray[np.int32]], prompts: Sequence[int], budget:
     return groups + [MicroBatch([alone[i] for i in group]) for group in padded]
 
 
+def by_pair(rows: Sequence[NDArray[np.int32]], pairs: Sequence[str], budget: int) -> list[MicroBatch]:
+    """Group rows so that those of a pair (the same name in `pairs`) stay together; "" is a row alone.
+
+    Each group's rows x longest length is at most `budget` tokens; a longer pair goes alone.
+    """
+    members: dict[str | int, list[int]] = {}
+    for i, name in enumerate(pairs):
+        members.setdefault(name or i, []).append(i)
+    longest = {key: max(len(rows[i]) for i in own) for key, own in members.items()}
+    groups: list[MicroBatch] = []
+    width = 0
+    for key in sorted(members, key=lambda key: (-longest[key], members[key])):
+        if groups and width * (len(groups[-1].rows) + len(members[key])) <= budget:
+            groups[-1].rows.extend(members[key])
+        else:
+            groups.append(MicroBatch(list(members[key])))
+            width = longest[key]
+    return groups
+
+
 def _pieces(members: Sequence[int], lengths: Sequence[int], prompt: int, budget: int) -> list[list[int]]:
     """Cut rows of one prompt where a piece, its prompt counted once, would exceed the budget."""
     pieces: list[list[int]] = []
@@ -56,19 +80,24 @@ def _pieces(members: Sequence[int], lengths: Sequence[int], prompt: int, budget:
     return pieces
 
 
-def by_length(lengths: Sequence[int], budget: int) -> list[list[int]]:
+def by_length(lengths: Sequence[int], budget: int, padding: float = math.inf) -> list[list[int]]:
     """Group indices into micro-batches, longest sequences together.
 
-    Each group's rows x longest length is at most `budget` tokens; a longer sequence goes alone.
+    Each group's rows x longest length is at most `budget` tokens; a longer sequence goes alone. From `SMALL` tokens
+    on a group is closed where padding would be more than a share of `padding` of its tokens.
     Equal lengths keep their order, so the cut depends on nothing but its arguments.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     groups: list[list[int]] = []
+    tokens = 0
     for i in order:
-        if groups and lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= budget:
+        padded = lengths[groups[-1][0]] * (len(groups[-1]) + 1) if groups else math.inf
+        tokens += lengths[i]
+        if padded <= budget and (padded <= SMALL or padded <= tokens * (1 + padding)):
             groups[-1].append(i)
         else:
             groups.append([i])
+            tokens = lengths[i]
     return groups
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from actors.actor import Actor
 from actors.policy import forward
 from actors.policy.cache import check_cache
-from actors.policy.chat import encode
+from actors.policy.chat import encode, ends_of, vocabulary_digest
 from actors.policy.loading import Loaded, load
 from actors.policy.rows import EncodedPrompt, OnToken, Row
 from actors.policy.torch_trainer import TorchTrainer
@@ -25,6 +25,7 @@ from actors.policy.transformers_sampler import TransformersSampler
 from actors.policy.weights import files_of, read_weights, write_model
 from protocols.errors import BadInput, Stale
 from protocols.messages import Completion, Prompt
+from protocols.model import ModelConfig, TrainerConfig
 from protocols.policy import (
     DetokenizeRequest,
     DetokenizeResponse,
@@ -42,7 +43,6 @@ from protocols.policy import (
     ScoreResponse,
     TokenizeRequest,
     TokenizeResponse,
-    TrainerConfig,
 )
 from protocols.service import CheckpointRequest, CheckpointResponse, Empty, HealthRequest, HealthResponse
 from protocols.training import (
@@ -110,6 +110,7 @@ class PolicyActor(Actor, PolicyService):
             context_length=self._loaded.context_length,
             eos_token_ids=self._loaded.eos_token_ids,
             version=self.version,
+            tokenizer=vocabulary_digest(self._loaded.tokenizer),
         )
 
     async def tokenize(self, request: TokenizeRequest) -> TokenizeResponse:
@@ -120,7 +121,11 @@ class PolicyActor(Actor, PolicyService):
         """Text of token ids."""
         for i, ids in enumerate(request.tokens):
             self._loaded.check_ids(ids.array, f"tokens[{i}]")
-        return DetokenizeResponse(texts=[self._loaded.tokenizer.decode(t.array) for t in request.tokens])
+        tokenizer = self._loaded.tokenizer
+        return DetokenizeResponse(
+            texts=[tokenizer.decode(ids.array) for ids in request.tokens],
+            ends=[ends_of(ids.array, tokenizer) for ids in request.tokens],
+        )
 
     async def sample(self, request: SampleRequest) -> SampleResponse:
         """Complete prompts; the whole call is one batch."""
@@ -262,7 +267,7 @@ class PolicyActor(Actor, PolicyService):
         return self._trainer
 
 
-def precision(config: PolicyConfig, loaded: Loaded) -> AbstractContextManager[Any]:
+def precision(config: ModelConfig, loaded: Loaded) -> AbstractContextManager[Any]:
     """The precision of every forward pass, of sampler and trainer alike."""
     if config.dtype == "float32" or not loaded.trainable:
         return nullcontext()

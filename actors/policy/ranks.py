@@ -1,16 +1,14 @@
 """What ranks that train together do for each other: meet, share a batch, add up."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 from torch._C._distributed_c10d import HashStore
 
-from actors.policy.microbatch import MicroBatch, by_prompt
+from actors.policy.microbatch import MicroBatch
 from protocols.workers import Rank
 
 
@@ -29,17 +27,15 @@ def leave(rank: Rank) -> None:
         dist.destroy_process_group()
 
 
-def shares(
-    rows: Sequence[NDArray[np.int32]], prompts: Sequence[int], budget: int, world: int
-) -> list[list[MicroBatch]]:
-    """The micro-batches of each rank: those of `by_prompt`, dealt out in turn.
+def shares(cut: Callable[[int], list[MicroBatch]], budget: int, world: int) -> list[list[MicroBatch]]:
+    """The micro-batches of each rank: those that `cut` makes for a budget, dealt out in turn.
 
-    The budget is halved until every rank has one, or each row is alone; then some ranks may have none.
+    The budget is halved until every rank has one, or halving no longer helps; then some ranks may have none.
     """
-    groups = by_prompt(rows, prompts, budget)
-    while len(groups) < min(world, len(rows)):
+    groups = cut(budget)
+    while len(groups) < world and budget > 1:
         budget //= 2
-        groups = by_prompt(rows, prompts, budget)
+        groups = cut(budget)
     return [groups[i::world] for i in range(world)]
 
 

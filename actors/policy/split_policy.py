@@ -1,14 +1,15 @@
 """A policy whose samplers and trainer live apart: it hands calls on, and publishes weights from one to the other."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import cast
 
 import numpy as np
 
 from actors.actor import Actor
+from actors.in_turn import InTurn
 from protocols.errors import Corrupt
 from protocols.messages import Prompt, SamplingParams
 from protocols.policy import (
@@ -44,8 +45,6 @@ TOLERANCES = {"float32": 1e-3, "bfloat16": 0.05}
 """Nats; in float32 engines were seen to differ by 1e-5, one stale layer by 1e-2 after one small step."""
 PROBE_LENGTH = 64
 """Tokens of a probe at least, where there are such rows: an engine caches beginnings in blocks."""
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ class SplitPolicyActor(Actor, PolicyService):
         self._sleeps = config.sampler.sleep
         self._asleep = False
         self._turn = asyncio.Lock()
-        self._trains = asyncio.Lock()
+        self._alone = InTurn()
 
     async def setup(self) -> None:
         """Bring trainer and samplers together in a group, if weights are to be broadcast."""
@@ -142,16 +141,6 @@ class SplitPolicyActor(Actor, PolicyService):
         response = await self._alone(lambda: self._trainer.forward_backward(request))
         self._probes = probes_of([row.tokens for row in request.rows])
         return response
-
-    async def _alone(self, work: Callable[[], Awaitable[Result]]) -> Result:
-        """One call to the ranks after the other, each to its end: they must all make the same calls in one order.
-
-        A caller that leaves meanwhile does not end it, for one rank might have begun and another not.
-        """
-        await self._trains.acquire()
-        task = asyncio.ensure_future(work())
-        task.add_done_callback(lambda _: self._trains.release())
-        return await asyncio.shield(task)
 
     async def optim_step(self, request: OptimStepRequest) -> OptimStepResponse:
         """Apply the accumulated gradients; samplers keep the weights that were published last."""

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -12,16 +12,25 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from actors.policy.forward import logits_of, logprobs_and_entropy, longest_shared
+from actors.policy.forward import logits_of, logprobs_and_entropy, longest_shared, scores_of
 from actors.policy.loading import Loaded
-from actors.policy.loss_functions import TokenBatch, TokenLoss, token_loss
-from actors.policy.microbatch import pad_right
+from actors.policy.loss_functions import TokenBatch
+from actors.policy.microbatch import MicroBatch, by_pair, by_prompt
 from actors.policy.ranks import gathered, shares, sum_gradients
+from actors.policy.terms import (
+    Term,
+    check_rows,
+    evaluate,
+    padded,
+    prompt_length,
+    term_counts,
+    token_batch,
+    wants_entropy_gradient,
+)
 from actors.policy.weights import read_weights, write_model
-from protocols.errors import BadInput, Corrupt, Stale
-from protocols.losses import GRPOLoss, LossSpec
-from protocols.policy import TrainerConfig
-from protocols.tensor import PerToken
+from protocols.errors import Corrupt, Stale
+from protocols.losses import LikelihoodLoss, LossSpec
+from protocols.model import Head, TrainerConfig
 from protocols.training import (
     ForwardBackwardRequest,
     ForwardBackwardResponse,
@@ -32,7 +41,6 @@ from protocols.training import (
 )
 from protocols.workers import Rank
 
-Array = NDArray[np.float32]
 ALONE = Rank()
 NOTHING = "optim_step: no gradient was accumulated since the last step; call forward_backward first"
 
@@ -48,8 +56,10 @@ class TorchTrainer:
         seed: int = 0,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         rank: Rank = ALONE,
+        head: Head = "vocabulary",
     ) -> None:
         self.model = self._module = model
+        self._head = head
         self._config = config
         self._seed = seed % 2**64
         self._rank = rank
@@ -70,24 +80,30 @@ class TorchTrainer:
         batch, so the result does not depend on how the batch is cut. Raises BadInput when a row lacks what one
         of its terms needs, or is all prompt. A call that fails clears the gradients.
         """
-        check_rows(request)
+        check_rows(request, self._head)
         counts = term_counts(request)
         sums = Sums()
-        tokens = [row.tokens.array for row in request.rows]
-        limit = longest_shared(self._module.config)
-        prompts = [prompt_length(row) if len(row.tokens) <= limit else 0 for row in request.rows]
-        cut = shares(tokens, prompts, self._config.micro_batch_tokens, self._rank.world)
+        cut = shares(self._cut(request), self._config.micro_batch_tokens, self._rank.world)
         with self._training():
             for group in cut[self._rank.index]:
-                rows = [request.rows[i] for i in group.rows]
-                self._micro_batch(rows, request.losses, counts, sums, shared=group.shared)
+                self._micro_batch(request, group, counts, sums)
             for _ in range(len(cut[0]) - len(cut[self._rank.index])):
-                self._keep_in_step(request, counts)
-        total = Sums.of(gathered(sums))
-        return total.response(request.losses, counts, tokens=sum(map(len, tokens)), micro_batches=sum(map(len, cut)))
+                self._keep_in_step(request, cut[0][0], counts)
+        total, tokens = Sums.of(gathered(sums)), sum(len(row.tokens) for row in request.rows)
+        return total.response(request.losses, counts, tokens=tokens, micro_batches=sum(map(len, cut)))
 
-    def _keep_in_step(self, request: ForwardBackwardRequest, counts: dict[str, float]) -> None:
-        """Called when another rank has a micro-batch more."""
+    def _cut(self, request: ForwardBackwardRequest) -> Callable[[int], list[MicroBatch]]:
+        """How the rows go into micro-batches of a budget of tokens: pairs together, prompts shared where they can."""
+        rows = [row.tokens.array for row in request.rows]
+        pairs = [row.pair for row in request.rows]
+        if self._head == "scalar" or any(pairs):
+            return lambda budget: by_pair(rows, pairs, budget)
+        limit = longest_shared(self._module.config)
+        prompts = [prompt_length(row) if len(row.tokens) <= limit else 0 for row in request.rows]
+        return lambda budget: by_prompt(rows, prompts, budget)
+
+    def _keep_in_step(self, request: ForwardBackwardRequest, group: MicroBatch, counts: dict[str, float]) -> None:
+        """Called when another rank has a micro-batch more. `group` is one to go through the model meanwhile."""
 
     @contextmanager
     def _training(self) -> Iterator[None]:
@@ -107,32 +123,52 @@ class TorchTrainer:
 
     def _micro_batch(
         self,
-        rows: Sequence[TrainRow],
-        losses: dict[str, LossSpec],
+        request: ForwardBackwardRequest,
+        group: MicroBatch,
         counts: dict[str, float],
         sums: "Sums",
         *,
-        shared: int = 0,
         factor: float = 1.0,
     ) -> None:
+        rows, losses = [request.rows[i] for i in group.rows], request.losses
         weights = {name: padded(rows, [row.terms.get(name) for row in rows]) for name in losses}
         wanted_BT = np.any([array != 0 for array in weights.values()], axis=0)
+        batch_of, positions = self._forward(rows, wanted_BT, group.shared, losses)
+        total = torch.zeros((), device=self._module.device)
+        for name, spec in losses.items():
+            weights_BK = torch.from_numpy(weights[name][:, positions]).to(self._module.device)
+            found = evaluate(spec, batch_of(spec, weights_BK), weights_BK, rows)
+            sums.add(name, found)
+            total = total + spec.coef * found.total / (counts[name] or 1.0)
+        self._backward(total * factor)
+
+    def _forward(
+        self,
+        rows: Sequence[TrainRow],
+        wanted_BT: NDArray[np.bool_],
+        shared: int,
+        losses: Mapping[str, LossSpec],
+    ) -> tuple[Callable[[LossSpec, torch.Tensor], TokenBatch], NDArray[np.int64]]:
+        """Take rows through the model. Returns what gives a term its batch, and the positions that were wanted."""
+        tokens = [row.tokens.array for row in rows]
+        if self._head == "scalar":
+            with self._autocast():
+                scores_BK, positions = scores_of(self.model, tokens, wanted_BT)
+            return lambda _, weights_BK: token_batch(rows, positions, weights_BK, scores_BK=scores_BK), positions
         with self._autocast():
-            tokens = [row.tokens.array for row in rows]
             logits, targets, positions = logits_of(self.model, tokens, wanted_BT, shared)
-        bonus = any(isinstance(spec, GRPOLoss) and spec.entropy_coef for spec in losses.values())
+        bonus = any(map(wants_entropy_gradient, losses.values()))
         predictions = {
             temperature: logprobs_and_entropy(logits, targets, temperature, entropy_gradient=bonus)
-            for temperature in {spec.temperature for spec in losses.values()}
+            for temperature in {spec.temperature for spec in losses.values() if isinstance(spec, LikelihoodLoss)}
         }
-        total = torch.zeros((), device=logits.device)
-        for name, spec in losses.items():
-            weights_BK = torch.from_numpy(weights[name][:, positions]).to(logits.device)
-            per_token = token_loss(spec, token_batch(rows, positions, weights_BK, *predictions[spec.temperature]))
-            reduced = reduce_term(spec, per_token.loss_BT, weights_BK)
-            sums.add(name, float(reduced.detach()), per_token, weights_BK)
-            total = total + spec.coef * reduced / (counts[name] or 1.0)
-        self._backward(total * factor)
+
+        def batch_of(spec: LossSpec, weights_BK: torch.Tensor) -> TokenBatch:
+            assert isinstance(spec, LikelihoodLoss)
+            logprobs, entropy = predictions[spec.temperature]
+            return token_batch(rows, positions, weights_BK, logprobs_BK=logprobs, entropy_BK=entropy)
+
+        return batch_of, positions
 
     def _backward(self, loss: torch.Tensor) -> None:
         torch.autograd.backward(loss)
@@ -247,16 +283,15 @@ class Sums:
 
     def __init__(self) -> None:
         self._loss: dict[str, float] = defaultdict(float)
-        self._tokens: dict[str, float] = defaultdict(float)
+        self._items: dict[str, float] = defaultdict(float)
         self._metrics: dict[str, dict[str, float]] = defaultdict(partial(defaultdict, float))
 
-    def add(self, term: str, loss: float, per_token: TokenLoss, weights_BK: torch.Tensor) -> None:
+    def add(self, name: str, found: Term) -> None:
         """Add one micro-batch of one term."""
-        present_BK = weights_BK != 0
-        self._loss[term] += loss
-        self._tokens[term] += float(present_BK.sum())
-        for name, values_BK in per_token.metrics.items():
-            self._metrics[term][name] += float(values_BK[present_BK].double().sum())
+        self._loss[name] += float(found.total.detach())
+        self._items[name] += found.items
+        for metric, value in found.metrics.items():
+            self._metrics[name][metric] += value
 
     @classmethod
     def of(cls, parts: Sequence["Sums"]) -> "Sums":
@@ -265,7 +300,7 @@ class Sums:
         for part in parts:
             for term, loss in part._loss.items():
                 total._loss[term] += loss
-                total._tokens[term] += part._tokens[term]
+                total._items[term] += part._items[term]
                 for name, value in part._metrics[term].items():
                     total._metrics[term][name] += value
         return total
@@ -278,89 +313,9 @@ class Sums:
             term: TermReport(
                 loss=self._loss[term] / (counts[term] or 1.0),
                 count=counts[term],
-                metrics={k: v / max(self._tokens[term], 1.0) for k, v in self._metrics[term].items()},
+                metrics={k: v / max(self._items[term], 1.0) for k, v in self._metrics[term].items()},
             )
             for term in losses
         }
         loss = sum(losses[term].coef * report.loss for term, report in reports.items())
         return ForwardBackwardResponse(loss=loss, terms=reports, tokens=tokens, micro_batches=micro_batches)
-
-
-def check_rows(request: ForwardBackwardRequest) -> None:
-    """Raise BadInput when a row lacks an array that one of its terms needs, or a count makes no sense."""
-    for row in request.rows:
-        for name in row.terms:
-            spec = request.losses[name]
-            if isinstance(spec, GRPOLoss) and row.advantages is None:
-                raise BadInput(f"row {row.row_id!r}: the term {name!r} (grpo) needs advantages")
-            if isinstance(spec, GRPOLoss) and spec.kl_coef and row.reference_logprobs is None:
-                raise BadInput(f"row {row.row_id!r}: the term {name!r} has a KL and needs reference_logprobs")
-    own = own_counts(request)
-    for name, count in request.counts.items():
-        if name not in own or not (0 < count < math.inf or count == own[name] == 0):
-            raise BadInput(f"counts[{name!r}]: got {count}, expected a number above 0 for a term of losses")
-    if not any(weights.array.any() for row in request.rows for weights in row.terms.values()):
-        raise BadInput("rows: no token has a weight in any term, there is nothing to learn")
-
-
-def prompt_length(row: TrainRow) -> int:
-    """Tokens before the first one with weight in any term; 0 if none has."""
-    with_weight = np.flatnonzero(np.any([weights.array != 0 for weights in row.terms.values()], axis=0))
-    return int(with_weight[0]) if len(with_weight) else 0
-
-
-def term_counts(request: ForwardBackwardRequest) -> dict[str, float]:
-    """What each term is divided by."""
-    return own_counts(request) | request.counts
-
-
-def own_counts(request: ForwardBackwardRequest) -> dict[str, float]:
-    """The tokens with weight of each term, or its rows with any for `sequence`, in this request alone."""
-    counts: dict[str, float] = dict.fromkeys(request.losses, 0.0)
-    for row in request.rows:
-        for name, weights in row.terms.items():
-            present = int(np.count_nonzero(weights.array))
-            by_sequence = request.losses[name].normalize == "sequence"
-            counts[name] += min(present, 1) if by_sequence else present
-    return counts
-
-
-def reduce_term(spec: LossSpec, loss_BK: torch.Tensor, weights_BK: torch.Tensor) -> torch.Tensor:
-    """Weighted sum over tokens; for `sequence`, the sum over rows of each row's weighted mean."""
-    weighted_BK = torch.where(weights_BK != 0, loss_BK * weights_BK, 0.0)
-    if spec.normalize == "token":
-        return weighted_BK.sum()
-    return (weighted_BK.sum(-1) / (weights_BK != 0).sum(-1).clamp(min=1)).sum()
-
-
-def token_batch(
-    rows: Sequence[TrainRow],
-    positions_K: NDArray[np.int64],
-    weights_BK: torch.Tensor,
-    logprobs_BK: torch.Tensor,
-    entropy_BK: torch.Tensor,
-) -> TokenBatch:
-    """What a term's loss looks at, at the K positions that went through the output layer."""
-
-    def column(name: str) -> torch.Tensor:
-        values_BT = padded(rows, [getattr(row, name) for row in rows], missing=math.nan)
-        values_BK = torch.from_numpy(values_BT[:, positions_K]).to(weights_BK.device)
-        # Outside of the term a row need not have values, and a NaN would reach the gradient as 0 x NaN.
-        return torch.where(weights_BK != 0, values_BK, 0.0)
-
-    return TokenBatch(
-        logprobs_BK,
-        entropy_BK,
-        advantages_BT=column("advantages"),
-        sampled_logprobs_BT=column("sampled_logprobs"),
-        reference_logprobs_BT=column("reference_logprobs"),
-    )
-
-
-def padded(rows: Sequence[TrainRow], arrays: Sequence[PerToken | None], missing: float = 0.0) -> Array:
-    """One per-token array of all rows, float32[B, T]; `missing` where a row has none."""
-    filled = [
-        np.full(len(row.tokens), missing, np.float32) if array is None else array.array
-        for row, array in zip(rows, arrays, strict=True)
-    ]
-    return pad_right(filled).astype(np.float32)

@@ -14,7 +14,8 @@ import torch.distributed as dist
 
 from actors.policy.loading import Loaded, resolve
 from protocols.errors import BadInput, Unavailable
-from protocols.policy import LoRAConfig, PolicyConfig
+from protocols.model import LoRAConfig
+from protocols.policy import PolicyConfig
 
 # One process: breakpoints work, and weights reach the model without being sent. The first model runner is
 # the one that lets its sampler be replaced. Sequences that fill the context are scored with one token more.

@@ -38,7 +38,7 @@ def read_weights(loaded: Loaded, directory: Path) -> None:
         if isinstance(loaded.model, PeftModel):
             _read_adapter(loaded.model, directory)
         else:
-            saved = pretrained(directory, next(loaded.model.parameters()).dtype)
+            saved = pretrained(directory, next(loaded.model.parameters()).dtype, loaded.head)
             with torch.no_grad():
                 loaded.model.load_state_dict(saved.state_dict())
     except UNREADABLE as error:

@@ -1,6 +1,8 @@
 """Reading documents, clusters and gold questions from files, with one clear error for each bad row."""
 
+import gzip
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,10 +104,13 @@ def _document(place: str, row: dict[str, Any]) -> Document:
 
 
 def read_text(file: Path, what: str) -> str:
-    """A UTF-8 text file. Raises BadInput for a binary one."""
+    """A UTF-8 text file, compressed if its name ends with .gz. Raises BadInput for a binary one."""
     try:
+        raw = file.read_bytes()
         # -sig: a byte order mark, as Windows editors write it, is none of the text.
-        text = file.read_text(encoding="utf-8-sig")
+        text = (gzip.decompress(raw) if file.suffix.lower() == ".gz" else raw).decode("utf-8-sig")
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise BadInput(f"{what}: {file} is not a whole gzip file: {error}") from error
     except UnicodeDecodeError as error:
         raise BadInput(f"{what}: {file} is not UTF-8 text (byte {error.start})") from error
     except OSError as error:

@@ -19,7 +19,8 @@ from methods.spell_maths import on_tokens
 from methods.worlds import ledger
 from protocols.losses import SFTLoss
 from protocols.messages import ChatMessage, Prompt
-from protocols.policy import PolicyConfig, PolicyService, TokenizeRequest, TrainerConfig
+from protocols.model import TrainerConfig
+from protocols.policy import PolicyConfig, PolicyService, TokenizeRequest
 from protocols.prompts import question_prompt, response_prompt, verdict_prompt
 from protocols.questions import Question, Task
 from protocols.service import CheckpointRequest

@@ -1,13 +1,15 @@
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from actors.policy.chat import TextTail, encode
+from actors.policy.chat import TextTail, encode, ends_of, vocabulary_digest
 from protocols.errors import BadInput
 from protocols.messages import ChatMessage, Prompt
 
@@ -100,6 +102,59 @@ def test_what_may_begin_a_stop_text_is_held_back(byte_tokenizer: PreTrainedToken
 def test_any_tokens_make_their_decoded_text(tokens: list[int], byte_tokenizer: PreTrainedTokenizerFast) -> None:
     pieces, _ = pushed(byte_tokenizer, tokens)
     assert "".join(pieces) == byte_tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+# Where tokens end.
+
+
+def check_ends(tokenizer: Any, tokens: Sequence[int]) -> list[int]:
+    """What must hold for any tokens; where they end."""
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    found = ends_of(np.asarray(tokens, np.int32), tokenizer)
+    assert found.dtype == np.int32
+    ends = found.tolist()
+    assert len(ends) == len(tokens)
+    assert ends == sorted(ends)
+    assert ends[-1:] == [len(text)][: len(tokens)]
+    assert "".join(text[start:end] for start, end in pairwise([0, *ends])) == text
+    return ends
+
+
+@given(tokens=st.lists(st.integers(0, 299), max_size=20))
+@example(tokens=[])
+@settings(max_examples=100)
+def test_any_tokens_share_their_text_out(tokens: list[int], byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    check_ends(byte_tokenizer, tokens)
+
+
+@given(text=TEXTS)
+@settings(max_examples=100)
+def test_tokens_of_a_text_end_with_their_characters(text: str, byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    found = byte_tokenizer(text, return_offsets_mapping=True)
+    ends = check_ends(byte_tokenizer, found["input_ids"])
+    # The tokenizer itself says which characters a token touches; one that ends within a character does not have it.
+    for i, (_, touched) in enumerate(found["offset_mapping"]):
+        assert touched - 1 <= ends[i] <= touched
+        whole = i + 1 == len(ends) or found["offset_mapping"][i + 1][0] == touched
+        assert (ends[i] == touched) == whole
+
+
+def test_ends_in_characters_of_several_bytes(byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    # é is one token by its merge; 日 has three bytes and 🜂 four, one token each.
+    tokens = byte_tokenizer("é日a🜂")["input_ids"]
+    assert len(tokens) == 1 + 3 + 1 + 4
+    assert check_ends(byte_tokenizer, tokens) == [1, 1, 1, 2, 3, 3, 3, 3, 4]
+    end = byte_tokenizer.eos_token_id
+    assert check_ends(byte_tokenizer, [*tokens[:3], end]) == [1, 1, 1, 2]
+    assert check_ends(byte_tokenizer, [end, tokens[0], end]) == [0, 1, 1]
+
+
+def test_a_digest_names_a_vocabulary(byte_tokenizer: PreTrainedTokenizerFast, ledger_dir: Path) -> None:
+    other = AutoTokenizer.from_pretrained(ledger_dir)
+    digests = [vocabulary_digest(one) for one in (byte_tokenizer, other, AutoTokenizer.from_pretrained(ledger_dir))]
+    assert digests[0] != digests[1] == digests[2]
+    other.add_tokens(["a new one"])
+    assert vocabulary_digest(other) not in digests
 
 
 def test_an_unfinished_character_comes_with_the_end(byte_tokenizer: PreTrainedTokenizerFast) -> None:

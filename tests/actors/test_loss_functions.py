@@ -1,12 +1,13 @@
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 
-from actors.policy.loss_functions import TokenBatch, grpo, k3, token_loss
-from actors.policy.torch_trainer import reduce_term
-from protocols.losses import GRPOLoss, SFTLoss
+from actors.policy.loss_functions import TokenBatch, grpo, k3, reinforce, token_loss, value
+from actors.policy.terms import evaluate
+from protocols.losses import GRPOLoss, OutcomeLoss, ReinforceLoss, SFTLoss, StepsLoss, ValueLoss
 
 NAN = math.nan
 APPROX = {"rel": 0, "abs": 1e-5}
@@ -22,7 +23,24 @@ def batch(
     def like(values: float | Sequence[float]) -> torch.Tensor:
         return torch.as_tensor(values, dtype=torch.float32).expand_as(logprobs)
 
-    return TokenBatch(logprobs, like(entropy), like(advantages), like(sampled), like(reference))
+    return TokenBatch(
+        logprobs,
+        like(entropy),
+        scores_BT=like(NAN),
+        advantages_BT=like(advantages),
+        sampled_logprobs_BT=like(sampled),
+        reference_logprobs_BT=like(reference),
+        targets_BT=like(NAN),
+        old_scores_BT=like(NAN),
+    )
+
+
+def scored(scores: torch.Tensor, targets: Sequence[float], old: float | Sequence[float] = NAN) -> TokenBatch:
+    """One row of a model with a scalar head."""
+    nothing = torch.full_like(scores, NAN)
+    given = {"scores_BT": scores, "targets_BT": torch.tensor([targets])}
+    given["old_scores_BT"] = torch.as_tensor(old, dtype=torch.float32).expand_as(scores)
+    return replace(batch(nothing), **given)
 
 
 def off_policy(ratio: float, advantage: float, **spec: float) -> tuple[float, float]:
@@ -84,8 +102,8 @@ def test_the_means_of_the_specification(normalize: str, loss: float, gradients: 
     spec = GRPOLoss.model_validate({"normalize": normalize})
     logprobs = torch.log(torch.tensor([[0.5, 0.9, 0.1], [0.3, 0.4, 0.2]])).requires_grad_()
     weights = torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 0.0]])
-    per_token = grpo(spec, batch(logprobs, [[1.0] * 3, [-0.5] * 3])).loss_BT
-    mean = reduce_term(spec, per_token, weights) / (5 if normalize == "token" else 2)
+    total = evaluate(spec, batch(logprobs, [[1.0] * 3, [-0.5] * 3]), weights, []).total
+    mean = total / (5 if normalize == "token" else 2)
     mean.backward()
     assert mean.item() == pytest.approx(loss, **APPROX)
     first, second = gradients
@@ -97,9 +115,11 @@ def test_the_means_of_the_specification(normalize: str, loss: float, gradients: 
 
 
 def test_weights_scale_tokens_but_do_not_count_more() -> None:
-    losses, weights = torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[0.5, 0.0, 2.0]])
-    assert reduce_term(SFTLoss(), losses, weights).item() == pytest.approx(0.5 + 8)
-    assert reduce_term(SFTLoss(normalize="sequence"), losses, weights).item() == pytest.approx((0.5 + 8) / 2)
+    given, weights = batch(torch.tensor([[-1.0, -2.0, -4.0]]), entropy=[[3.0, 9.0, 5.0]]), torch.tensor([[0.5, 0, 2]])
+    for spec, total in ((SFTLoss(), 0.5 + 8), (SFTLoss(normalize="sequence"), (0.5 + 8) / 2)):
+        found = evaluate(spec, given, weights, [])
+        assert found.total.item() == pytest.approx(total)
+        assert (found.items, found.metrics) == (2, {"entropy": 8.0})
 
 
 @pytest.mark.parametrize(("difference", "value"), [(0.1, 0.005171), (-0.1, 0.004837), (1.0, 0.718282), (0.0, 0.0)])
@@ -155,9 +175,94 @@ def test_the_supervised_loss_is_minus_log_p() -> None:
 
 
 def test_the_spec_chooses_the_loss() -> None:
-    given = batch(torch.tensor([[-1.0]]), 3.0)
+    given = batch(torch.tensor([[-0.5]]), 3.0)
     assert token_loss(GRPOLoss(), given).loss_BT.item() == -3.0
-    assert token_loss(SFTLoss(), given).loss_BT.item() == 1.0
+    assert token_loss(ReinforceLoss(), given).loss_BT.item() == 1.5
+    assert token_loss(SFTLoss(), given).loss_BT.item() == 0.5
+    given = scored(torch.tensor([[2.0]]), [0.5])
+    assert token_loss(ValueLoss(), given).loss_BT.item() == 2.25
+    assert token_loss(StepsLoss(), given).loss_BT.item() == pytest.approx((math.tanh(2) - 0.5) ** 2)
+    with pytest.raises(TypeError, match="no function for OutcomeLoss"):
+        token_loss(OutcomeLoss(), given)
+
+
+# REINFORCE: -A log p, whose derivative by the log-prob is -A.
+
+
+def test_reinforce() -> None:
+    logprobs = torch.tensor([[-0.5, -2.0, -0.1]], requires_grad=True)
+    result = reinforce(ReinforceLoss(), batch(logprobs, [[2.0, -1.0, 0.0]], entropy=0.7))
+    result.loss_BT.sum().backward()
+    assert result.loss_BT.tolist() == [pytest.approx([1.0, -2.0, 0.0])]
+    assert logprobs.grad is not None
+    assert logprobs.grad.tolist() == [[-2.0, 1.0, 0.0]]
+    assert result.metrics.keys() == {"entropy"}
+
+
+def test_reinforce_with_kl_and_entropy() -> None:
+    # d = reference - policy = 0.1: k3 = 0.005171, and its derivative 1 - exp(0.1) = -0.105171.
+    logprobs = torch.tensor([[-1.0]], requires_grad=True)
+    spec = ReinforceLoss(kl_coef=0.5, entropy_coef=0.1)
+    result = reinforce(spec, batch(logprobs, 1.5, reference=-0.9, entropy=2.0))
+    result.loss_BT.backward()
+    assert result.loss_BT.item() == pytest.approx(1.5 + 0.5 * 0.005171 - 0.2, **APPROX)
+    assert logprobs.grad is not None
+    assert logprobs.grad.item() == pytest.approx(-1.5 + 0.5 * -0.105171, **APPROX)
+    assert result.metrics["kl"].item() == pytest.approx(0.005171, abs=1e-6)
+
+
+# Scores against targets.
+
+
+def test_the_step_scores_of_q_rm() -> None:
+    # Q-RM's specification, section 5.4; the second token is no end of a step.
+    scores = torch.tensor([[0.2, 9.0, -1.5, 3.0]], requires_grad=True)
+    given, weights = scored(scores, [1, 0, -1, 1]), torch.tensor([[1.0, 0, 1, 1]])
+    found = evaluate(StepsLoss(), given, weights, [])
+    found.total.backward()
+    assert found.total.item() == pytest.approx(0.217743, abs=1e-6)
+    assert (found.items, found.metrics) == (3, {})
+    errors = torch.tensor([0.2, -1.5, 3.0]).tanh() - torch.tensor([1.0, -1, 1])
+    slopes = 1 - torch.tensor([0.2, -1.5, 3.0]).tanh().square()
+    assert scores.grad is not None
+    torch.testing.assert_close(scores.grad[0, [0, 2, 3]], 2 * errors * slopes / 3)
+    assert scores.grad[0, 1] == 0
+
+
+def test_the_value_loss_is_the_squared_error() -> None:
+    scores = torch.tensor([[0.5, -1.0]], requires_grad=True)
+    result = value(ValueLoss(), scored(scores, [1.5, -1.0]))
+    result.loss_BT.sum().backward()
+    assert result.loss_BT.tolist() == [[1.0, 0.0]]
+    assert scores.grad is not None
+    assert scores.grad.tolist() == [[-2.0, 0.0]]
+    assert {name: values.tolist()[0] for name, values in result.metrics.items()} == {
+        "value": [0.5, -1.0],
+        "target": [1.5, -1.0],
+    }
+
+
+@pytest.mark.parametrize(
+    ("score", "old", "target", "loss", "gradient"),
+    [
+        # Within the clip: the plain error.
+        (1.1, 1.0, 2.0, 0.81, -1.8),
+        # It moved 0.5 towards the target, 0.2 of which count: (1.2 - 2)^2, and nothing pulls it further.
+        (1.5, 1.0, 2.0, 0.64, 0.0),
+        # It moved away from the target: the plain error (0.5 - 2)^2 is the larger one.
+        (0.5, 1.0, 2.0, 2.25, -3.0),
+        # It overshot: the plain error (4 - 2)^2 is larger than (1.2 - 2)^2.
+        (4.0, 1.0, 2.0, 4.0, 4.0),
+    ],
+)
+def test_the_clipped_value_loss(score: float, old: float, target: float, loss: float, gradient: float) -> None:
+    scores = torch.tensor([[score]], requires_grad=True)
+    result = value(ValueLoss(clip=0.2), scored(scores, [target], old))
+    result.loss_BT.backward()
+    assert result.loss_BT.item() == pytest.approx(loss, **APPROX)
+    assert scores.grad is not None
+    assert scores.grad.item() == pytest.approx(gradient, **APPROX)
+    assert result.metrics["clip_share"].item() == (gradient == 0)
 
 
 def test_the_clipped_terms_of_q_rm() -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 from actors.actor import answer, answer_stream
+from actors.policy.chat import vocabulary_digest
 from actors.policy.policy import PolicyActor
 from protocols.errors import BadInput, Corrupt, Stale
 from protocols.losses import GRPOLoss, SFTLoss
@@ -75,6 +76,7 @@ async def test_facts(policy: PolicyActor, ledger_dir: Path) -> None:
         context_length=256,
         eos_token_ids=[2],
         version=0,
+        tokenizer=vocabulary_digest(policy._loaded.tokenizer),
     )
 
 
@@ -85,9 +87,15 @@ async def test_prompts_become_tokens_and_tokens_text(policy: PolicyActor) -> Non
         {"tokens": [2, 5]},
     ]
     tokens = (await policy.tokenize(TokenizeRequest.model_validate({"prompts": prompts}))).tokens
-    texts = (await policy.detokenize(DetokenizeRequest(tokens=tokens))).texts
-    assert texts[:2] == ["K0 is V1.", "K0 is V1.K1 leads to K2."]
-    assert tokens[2].tolist() == [2, 5] and texts[2].startswith("<|end|>")
+    answered = await policy.detokenize(DetokenizeRequest(tokens=tokens))
+    assert answered.texts[:2] == ["K0 is V1.", "K0 is V1.K1 leads to K2."]
+    assert tokens[2].tolist() == [2, 5] and answered.texts[2].startswith("<|end|>")
+    # Token 2 is a special one: it ends where the text begins.
+    assert [ends.tolist() for ends in answered.ends] == [
+        [len("K0 is V1.")],
+        [len("K0 is V1."), len("K0 is V1.K1 leads to K2.")],
+        [0, len(answered.texts[2].removeprefix("<|end|>"))],
+    ]
 
 
 async def test_tokens_that_are_no_ids_have_no_text(policy: PolicyActor) -> None:

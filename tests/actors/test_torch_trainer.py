@@ -13,7 +13,7 @@ from actors.policy.microbatch import by_length
 from actors.policy.torch_trainer import TorchTrainer, rate_share, term_counts
 from protocols.errors import BadInput, Corrupt
 from protocols.losses import GRPOLoss, LossSpec, SFTLoss
-from protocols.policy import TrainerConfig
+from protocols.model import TrainerConfig
 from protocols.training import ForwardBackwardRequest, ForwardBackwardResponse, OptimStepRequest, TrainRow
 
 Gradients = dict[str, torch.Tensor]
@@ -96,7 +96,7 @@ def accumulate(
 ) -> Result:
     """Gradients of one or more calls on a fresh copy of the model; the response of the last."""
     model = copy.deepcopy(loaded.model)
-    trainer = TorchTrainer(model, TrainerConfig.model_validate(config))
+    trainer = TorchTrainer(model, TrainerConfig.model_validate(config), head=loaded.head)
     for part in rows:
         request = ForwardBackwardRequest(rows=part, losses=losses, counts=counts or {})
         response = trainer.forward_backward(request)

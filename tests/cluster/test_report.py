@@ -122,6 +122,21 @@ def test_texts_of_models_stay_texts(run_dir: Path) -> None:
     assert page.html.count("<!--") == 0
 
 
+def test_tokens_with_values_reach_the_page_as_data(run_dir: Path) -> None:
+    reply: dict[str, Any] = {
+        "tokens": [HOSTILE, "\u2028", " 2,111\n"],
+        "values": [-1, None, 3],
+        "marks": [True, False, None],
+    }
+    broken: dict[str, Any] = {"tokens": ["a"], "values": [math.nan]}
+    rows = [sample(1, "a", marks_name=HOSTILE, **reply), sample(1, "b", **broken)]
+    lines(run_dir / "samples.jsonl", rows)
+    page = Page(write_report(run_dir))
+    assert (page.count("img"), page.count("script"), page.html.count("<!--")) == (0, 2, 0)
+    assert page.samples[0] == {**rows[0], "middle": 1.0, "scale": 2.0}
+    assert page.samples[1] == {**rows[1], "tokens": '["a"]', "values": "[NaN]"}
+
+
 def test_the_browser_runs_the_pages_own_script_only(run_dir: Path) -> None:
     page = Page(write_report(run_dir))
     policy = next(attrs["content"] for tag, attrs in page.tags if tag == "meta" and "http-equiv" in attrs)

@@ -13,8 +13,10 @@ GOLDEN = ROOT / "tests" / "contracts" / "golden" / "signatures.txt"
 PUBLIC = {
     "protocols/service.py": None,
     "protocols/errors.py": None,
+    "protocols/model.py": None,
     "protocols/policy.py": ["PolicyService"],
     "protocols/questioner.py": ["QuestionerService"],
+    "protocols/reward_model.py": ["RewardModelService"],
     "protocols/verifier.py": ["VerifierService"],
     "protocols/tensor.py": ["Tensor"],
     "protocols/placement.py": None,

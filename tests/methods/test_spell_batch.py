@@ -354,3 +354,20 @@ def test_a_part_that_is_given_leaves_the_rest_of_its_default() -> None:
 def test_configurations_that_cannot_work(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Config.model_validate({"text": {"documents": "toy"}} | values)
+
+
+# A reward model beside the verdict
+
+
+def test_scores_count_as_they_stand_within_the_group(toys: SimpleNamespace) -> None:
+    round_ = toys.round("g0", [1, 1, 0, 0])
+    round_.scores = [30.0, 10.0, 20.0, 20.0]
+    config = toys.config(rewards={"model_weight": 0.25})
+    samples = assemble([round_, *rounds_of(toys, good=3)], config, rng()).of("responder")[:4]
+    spread = np.sqrt(200 / 3)  # of the scores, with n - 1
+    rewards = np.array([1 + 0.25 * 10 / spread, 1 - 0.25 * 10 / spread, 0, 0])
+    expected = (rewards - rewards.mean()) / rewards.std(ddof=1)
+    assert [sample.advantage for sample in samples] == pytest.approx(expected.tolist(), abs=1e-5)
+    # Accuracy, which the questioner is judged by, is the verdict's alone.
+    assert [sample.reward for sample in samples] == [1, 1, 0, 0]
+    assert round_.accuracy == 0.5

@@ -15,6 +15,7 @@ from methods import spell
 from methods.spell_report import PANELS
 from methods.spell_rounds import Fate
 from methods.worlds import corpus
+from protocols.errors import BadInput
 
 pytestmark = pytest.mark.slow
 
@@ -177,3 +178,18 @@ async def test_files_with_the_embedded_model(tmp_path: Path) -> None:
         assert row["rounds/good"] >= 1
         assert row["batch/responder"] == 8 * row["rounds/good"]
         assert row["train/grad_norm"] > 0
+
+
+async def test_a_reward_model_joins_by_configuration_alone(run: Run, runs_dir: Path) -> None:
+    plain = await run("without")
+    (base,) = (runs_dir / "bases").glob("ledger-*")
+    by_rule = await run("rule", "reward_model.kind=rules", "reward_model.match=cover")
+    kinds = ["reward_model.kind=q_function", "reward_model.trainer=null", f"reward_model.model={base}"]
+    by_model = await run("model", *kinds, "rewards.model_weight=2")
+    ignored = await run("ignored", *kinds, "rewards.model_weight=0")
+    assert same_weights(weights(plain.folder, 1), weights(ignored.folder, 1))
+    assert not same_weights(weights(plain.folder, 1), weights(by_model.folder, 1))
+    assert [row["step"] for row in by_rule.rows] == [0, 1, 2, 3]
+    assert not (by_model.folder / "checkpoints" / "step-000003" / "reward_model").exists()
+    with pytest.raises(BadInput, match=r"reward_model\.trainer: expected null"):
+        await run("learning", "reward_model.kind=outcome")

@@ -32,7 +32,17 @@ from protocols.policy import (
 from protocols.questioner import HistoryRequest, ProposeRequest, QuestionerConfig, QuestionerService, RememberRequest
 from protocols.questions import Cluster as Documents
 from protocols.questions import Proposal, ProposalStatus, Question, Task
+from protocols.reward_model import (
+    LabelledReply,
+    LearnRequest,
+    Preference,
+    Reply,
+    RewardModelConfig,
+    RewardModelService,
+    RewardRequest,
+)
 from protocols.service import CheckpointRequest, Empty, HealthRequest, Message, Service
+from protocols.tensor import Tensor
 from protocols.training import ForwardBackwardRequest, OptimStepRequest, TrainRow
 from protocols.verifier import JudgeItem, JudgeRequest, VerifierConfig, VerifierService
 
@@ -57,9 +67,15 @@ JUDGED = JudgeItem(
 )
 SHORT = SamplingParams(max_tokens=6)
 SAMPLE = SampleRequest(prompts=[Prompt(tokens=[5, 6, 7], seed=1), Prompt(text=WORDS, seed=2)], n=2, params=SHORT)
+BETTER = Reply(uid="better", prompt=Prompt(tokens=[5, 6, 7]), tokens=[8, 9, 10])
+WORSE = Reply(uid="worse", prompt=Prompt(tokens=[5, 6, 7]), text=WORDS)
+REWARD = RewardRequest(replies=[BETTER, WORSE.model_copy(update={"ends": Tensor([1, 2, len(WORDS)], "int32")})])
+EQUAL = Preference(uid="equal", chosen=BETTER, rejected=BETTER)
+PREFERENCES = LearnRequest(pairs=[Preference(uid="pair", chosen=BETTER, rejected=WORSE), EQUAL], learning_rate=0.01)
+SERVICES = (PolicyService, VerifierService, QuestionerService, RewardModelService)
 # In order: later calls see what earlier ones changed.
 CALLS: list[tuple[type[Service], str, Message]] = [
-    *((service, "health", HealthRequest()) for service in (PolicyService, VerifierService, QuestionerService)),
+    *((service, "health", HealthRequest()) for service in SERVICES),
     (PolicyService, "info", Empty()),
     (PolicyService, "tokenize", TokenizeRequest(prompts=[Prompt(text=WORDS), Prompt(tokens=[3])])),
     (PolicyService, "detokenize", DetokenizeRequest(tokens=[[5, 6, 7]])),
@@ -79,16 +95,26 @@ CALLS: list[tuple[type[Service], str, Message]] = [
     (QuestionerService, "propose", ProposeRequest(clusters=[DOCUMENTS], uids=["u"], seed=3, params=SHORT)),
     (QuestionerService, "remember", RememberRequest(proposals=[PROPOSAL])),
     (QuestionerService, "history", HistoryRequest(question_id="q", task=Task.MATH)),
-    *((s, "save", CheckpointRequest(path=s.kind)) for s in (PolicyService, QuestionerService, VerifierService)),
-    *((s, "load", CheckpointRequest(path=s.kind)) for s in (PolicyService, QuestionerService, VerifierService)),
+    (RewardModelService, "info", Empty()),
+    (RewardModelService, "score", REWARD),
+    (RewardModelService, "train", PREFERENCES),
+    (RewardModelService, "score", REWARD),
+    *((service, "save", CheckpointRequest(path=service.kind)) for service in SERVICES),
+    (RewardModelService, "train", PREFERENCES),
+    *((service, "load", CheckpointRequest(path=service.kind)) for service in SERVICES),
     (PolicyService, "info", Empty()),
+    (RewardModelService, "health", HealthRequest()),
+    (RewardModelService, "score", REWARD),
     # What goes wrong, too.
     (PolicyService, "sample", SampleRequest(prompts=[Prompt(tokens=[10**6])])),
     (PolicyService, "tokenize", TokenizeRequest(prompts=[Prompt(text="")])),
     (PolicyService, "load", CheckpointRequest(path="nowhere")),
     (PolicyService, "optim_step", OptimStepRequest()),
     (QuestionerService, "propose", ProposeRequest(clusters=[DOCUMENTS], uids=[], seed=0)),
-    *((service, "drain", Empty()) for service in (QuestionerService, VerifierService, PolicyService)),
+    (RewardModelService, "score", RewardRequest(replies=[WORSE.model_copy(update={"text": "", "ended": False})])),
+    (RewardModelService, "train", LearnRequest(pairs=[EQUAL])),
+    (RewardModelService, "train", LearnRequest(replies=[LabelledReply(reply=BETTER, right=True)])),
+    *((service, "drain", Empty()) for service in reversed(SERVICES)),
     (PolicyService, "sample", SAMPLE),
 ]
 
@@ -117,7 +143,8 @@ async def a_company(
     policy = await cluster.policy(PolicyConfig.model_validate(given))
     verifier = await cluster.verifier(VerifierConfig(), policy)
     questioner = await cluster.questioner(QuestionerConfig(), policy)
-    return cluster, {service_of(one): one for one in (policy, verifier, questioner)}
+    reward_model = await cluster.reward_model(RewardModelConfig.model_validate(given))
+    return cluster, {service_of(one): one for one in (policy, verifier, questioner, reward_model)}
 
 
 @pytest.fixture
@@ -147,7 +174,7 @@ async def test_every_method_gives_the_same(companies: Any) -> None:
             failures += 1
             found = found[0], found[1].replace(str(outside.directory.path / "remote"), "BASE")
         assert found == expected, (service, method)
-    assert failures == 6
+    assert failures == 9
 
 
 async def test_a_loop_trains_a_policy_behind_a_gateway(companies: Any) -> None:

@@ -7,15 +7,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.reward_model.losses import (
+from actors.policy.preferences import (
     Reply,
     dpo,
     gated,
+    gated_mean,
     implicit_outcome,
     last_score,
+    masked_mean,
+    masked_sum,
     outcome,
     q_function,
-    steps,
 )
 
 REPLIES = st.lists(st.floats(-30, 30), min_size=1, max_size=6)
@@ -51,13 +53,17 @@ def test_dpo() -> None:
     assert implicit_outcome(better, torch.ones(1)).item() == pytest.approx(0.437488, abs=1e-6)
 
 
+def test_scores_of_replies() -> None:
+    given = reply(0.2, 0.4, -1.5)
+    assert masked_sum(given).item() == pytest.approx(-0.9)
+    assert masked_mean(given).item() == pytest.approx(-0.3)
+    assert gated_mean(reply(0.0, math.log(3))).item() == pytest.approx((0.5 + 0.75) / 2)
+
+
 def test_gated() -> None:
+    difference = gated_mean(reply(1, -1, 0.5)) - gated_mean(reply(0, -2))
+    assert 2.5 * difference.item() == pytest.approx(0.578046, abs=1e-6)
     assert gated(reply(1, -1, 0.5), reply(0, -2)).item() == pytest.approx(0.445323, abs=1e-6)
-
-
-def test_steps() -> None:
-    labels = torch.tensor([[1.0, -1, 1, 0, 0, 0, 0, 0]])
-    assert steps(reply(0.2, -1.5, 3), labels).item() == pytest.approx(0.217743, abs=1e-6)
 
 
 @given(REPLIES, REPLIES, st.floats(-20, 20))

@@ -1,10 +1,9 @@
-"""Losses that reward models learn by, each a pure function of scores per token.
+"""Losses that compare replies, each a pure function of scores per token; those of DPO are log-ratios.
 
 Arrays are float32[B, T] with a mask of the reply's tokens, the final end token among them; pairs are rows of two such
 arrays, the better reply and the worse one. Each returns the loss of every row, float32[B].
 """
 
-import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
@@ -27,9 +26,9 @@ def masked_sum(reply: Reply) -> Tensor:
 def last_score(reply: Reply) -> Tensor:
     """Score of each reply's last token, float32[B]."""
     scores_BT, mask_BT = reply
-    places_T = torch.arange(mask_BT.shape[-1], device=mask_BT.device)
-    last_B = (mask_BT * places_T).argmax(-1)
-    return scores_BT.gather(-1, last_B[:, None]).squeeze(-1)
+    # How many of the reply's tokens there are from here on. No reduction: there may be no token at all.
+    left_BT = mask_BT.flip(-1).cumsum(-1).flip(-1)
+    return masked_sum((scores_BT, mask_BT & (left_BT == 1)))
 
 
 def q_function(better: Reply, worse: Reply, beta: float = 0.2, gamma: float = 2.0) -> Tensor:
@@ -55,11 +54,10 @@ def implicit_outcome(reply: Reply, right_B: Tensor) -> Tensor:
 def gated(better: Reply, worse: Reply) -> Tensor:
     """Bradley-Terry over mean sigmoid scores times the pair's mean length (PGG-RM)."""
     length_B = (better[1].sum(-1) + worse[1].sum(-1)) / 2
-    means = [masked_mean((scores_BT.sigmoid(), mask_BT)) for scores_BT, mask_BT in (better, worse)]
-    return -logsigmoid(length_B * (means[0] - means[1]))
+    return -logsigmoid(length_B * (gated_mean(better) - gated_mean(worse)))
 
 
-def steps(reply: Reply, labels_BT: Tensor) -> Tensor:
-    """Mean squared error of tanh scores at the ends of steps, the mask; labels are -1, 0 or 1 (step PRM)."""
+def gated_mean(reply: Reply) -> Tensor:
+    """Mean sigmoid score of each reply, float32[B]."""
     scores_BT, mask_BT = reply
-    return masked_mean(((scores_BT.tanh() - labels_BT) ** 2, mask_BT))
+    return masked_mean((scores_BT.sigmoid(), mask_BT))

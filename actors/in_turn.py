@@ -1,0 +1,24 @@
+"""Calls to a group of ranks, one after the other."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+Result = TypeVar("Result")
+
+
+class InTurn:
+    """Ranks that compute together must all make the same calls in one order."""
+
+    def __init__(self) -> None:
+        self._free = asyncio.Lock()
+
+    async def __call__(self, work: Callable[[], Awaitable[Result]]) -> Result:
+        """Do one piece of work, to its end.
+
+        A caller that leaves meanwhile does not end it, for one rank might have begun and another not.
+        """
+        await self._free.acquire()
+        task = asyncio.ensure_future(work())
+        task.add_done_callback(lambda _: self._free.release())
+        return await asyncio.shield(task)
