@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Values = NDArray[np.float64]
+ROUNDING = 1e-12
+"""Share of the largest number below which differences are rounding."""
 Normalisation = Literal["centred", "scale_only", "none"]
 KL = Literal["abs", "k1", "k3"]
 
@@ -26,7 +28,8 @@ def normalised(rewards: Sequence[Values], how: Normalisation = "centred") -> lis
     if not every.size:
         return [reply.copy() for reply in rewards]
     mean = every.mean() if how == "centred" else 0.0
-    spread = every.std() if every.size > 1 else 0.0
+    # Equal numbers differ from their mean by rounding.
+    spread = every.std() if np.ptp(every) > ROUNDING * np.abs(every).max() else 0.0
     return [(reply - mean) / (spread if spread > 0 else 1.0) for reply in rewards]
 
 

@@ -82,13 +82,16 @@ def bootstrap(
 def pass_at_k_interval(
     right: Sequence[int], samples: int, k: int, rng: np.random.Generator
 ) -> tuple[float, float, float]:
-    """Mean unbiased pass@k over prompts, and its 95 % bootstrap interval over prompts.
+    """Mean unbiased pass@k over prompts, and its 95 % interval: by bootstrap over prompts, Wilson's with one sample.
 
     `right`: how many of a prompt's `samples` replies are right. All NaN without prompts.
     """
     if not right:
         return math.nan, math.nan, math.nan
     each = [pass_at_k(samples, count, k) for count in right]
+    if samples == 1:
+        # Drawn again, prompts of which none is right never say that one might be.
+        return (float(np.mean(each)), *wilson(sum(right), len(right)))
     return (float(np.mean(each)), *bootstrap(each, lambda drawn: float(np.mean(drawn)), rng))
 
 

@@ -32,8 +32,8 @@ class RewardModelConfig(ModelConfig):
     clip: float = Field(default=0.0, ge=0)
     """Of value: how far a value may move from the old one before it counts as clipped; 0: no limit."""
     reference: str = ""
-    """Of the implicit kinds: the model that log-ratios are taken to; empty: `model` as it is before training. One that
-    is trained already needs it, or its log-ratios to itself are 0."""
+    """Of the implicit kinds: the model that log-ratios are taken to; empty: `model` as it is before training. A model
+    that is trained already needs it, for its log-ratios to itself are 0."""
     max_tokens: int = Field(default=1024, ge=2)
     """Longest prompt and reply, in tokens; what exceeds it is cut off the reply's end."""
     match: Match = "math"

@@ -1,6 +1,7 @@
 """Reading documents, clusters and gold questions from files, with one clear error for each bad row."""
 
 import gzip
+import io
 import json
 import zlib
 from collections.abc import Iterator, Sequence
@@ -109,6 +110,7 @@ def read_text(file: Path, what: str) -> str:
         raw = file.read_bytes()
         # -sig: a byte order mark, as Windows editors write it, is none of the text.
         text = (gzip.decompress(raw) if file.suffix.lower() == ".gz" else raw).decode("utf-8-sig")
+        text = io.StringIO(text, newline=None).read()  # any line end becomes \n
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise BadInput(f"{what}: {file} is not a whole gzip file: {error}") from error
     except UnicodeDecodeError as error:

@@ -108,3 +108,8 @@ def test_with_lambda_0_only_the_next_value_counts(rewards: Values) -> None:
     values = np.arange(len(rewards), dtype=float)
     following = np.append(values[1:], 0.0)
     np.testing.assert_allclose(gae(rewards, values, 0.9, 0.0), rewards + 0.9 * following - values, atol=1e-9)
+
+
+def test_equal_rewards_are_not_blown_up_by_rounding() -> None:
+    # The mean of three times 0.1 is not 0.1 in float64.
+    close(normalised([np.full(3, 0.1)]), [[0, 0, 0]])

@@ -175,3 +175,9 @@ def test_the_alarm_needs_a_fall(history: list[tuple[float, float]]) -> None:
     if drift_alarm(accuracies, scores):
         assert max(accuracies) - accuracies[-1] > 0.05
         assert scores[-1] > min(scores)
+
+
+def test_one_sample_each_has_wilsons_interval() -> None:
+    rng = np.random.default_rng(0)
+    assert pass_at_k_interval([0] * 20, 1, 1, rng) == (0.0, *wilson(0, 20))
+    assert pass_at_k_interval([1, 0, 1, 0], 1, 1, rng) == (0.5, *wilson(2, 4))
