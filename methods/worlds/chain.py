@@ -46,7 +46,7 @@ class ChainConfig(Message):
     """The same of the other digits."""
     base_steps: int | None = Field(default=None, ge=1)
     """Optimiser steps that make the base model; null: what its length takes."""
-    base_rows: int = Field(default=64, ge=1)
+    base_rows: int = Field(default=128, ge=1)
     """The teacher's replies per step."""
     base_rate: float = Field(default=6e-3, gt=0)
     """Peak learning rate; after warm-up it falls linearly to 0."""

@@ -28,18 +28,18 @@ STEPS_PER_LINE = 50
 
 def base_steps(config: ChainConfig) -> int:
     """Optimiser steps for a base model as good as its teacher; finding places in longer chains takes more of them."""
-    return config.base_steps or 420 + 3 * config.length
+    return config.base_steps or 300 + 6 * config.length
 
 
 def token_weights(world: ChainWorld) -> Tensor:
     """Weight of each token of a prompt and its reply in the loss, float32[2K + 2].
 
-    All fillers together weigh half as much as the decisive digits. That moves no optimum, since each position has
-    its own, but in long chains the noise of fillers would hide for thousands of steps what is to be learnt.
+    All fillers together weigh as much as the decisive digits. That moves no optimum, since each position has its
+    own, but in long chains the noise of fillers would hide for thousands of steps what is to be learnt.
     """
     config = world.config
     fillers = config.length - config.decisive
-    reply_K = np.full(config.length, min(1.0, 0.5 * config.decisive / fillers) if fillers else 1.0)
+    reply_K = np.full(config.length, min(1.0, config.decisive / fillers) if fillers else 1.0)
     reply_K[world.positions] = 1
     return Tensor(np.concatenate([np.zeros(config.length + 1), reply_K, [1.0]]), "float32")
 
@@ -61,9 +61,8 @@ async def chain_base(
 
     `world` is that of `config` and `seed`; of `policy` the base takes where it computes, not how it learns.
     """
-    truth = [world.permutation, world.errors, token_weights(world).tolist()]
-    recipe = [config.model_dump() | {"base_steps": base_steps(config)}, seed, truth, chain.skeleton()]
-    digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]
+    given = [config.model_dump() | {"base_steps": base_steps(config)}, seed, chain.skeleton(), token_weights(world)]
+    digest = hashlib.sha256(json.dumps(given, default=Tensor.tolist).encode()).hexdigest()[:12]
     target = company.directory.path.parent / "bases" / f"chain-{digest}"
     if not (target / "config.json").is_file():
         staging = target.with_name(f".{target.name}.{os.getpid()}")

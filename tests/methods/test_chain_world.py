@@ -253,7 +253,7 @@ def test_rows_of_the_base() -> None:
     world = ChainWorld(ChainConfig(length=12, decisive=4), 0)
     reply = token_weights(world).array[13:-1]
     assert reply[world.positions].tolist() == [1] * 4
-    assert np.delete(reply, world.positions).tolist() == [0.25] * 8
+    assert np.delete(reply, world.positions).tolist() == [0.5] * 8
     assert token_weights(ChainWorld(ChainConfig(length=4), 0)).array.tolist() == [0] * 5 + [1] * 5
     prompts_BK = WORLD.draw(rng(), 3)
     rows = train_rows(prompts_BK, 9 - prompts_BK, weights)

@@ -35,6 +35,8 @@ PROMPT = Prompt(text="?")
         (r"\boxed{11\sqrt{2}}", r"11\sqrt2", True),
         (r"\boxed{(3, \frac{\pi}{2})}", r"\left(3,\frac{\pi}{2}\right)", True),
         (r"2^3^2 in between, but \boxed{5}", "5", True),
+        (r"\boxed{8-7x+7x^2-8x^4}", "-8x^4+7x^2-7x+8", True),
+        (r"\boxed{y^3x^2}", "x^2y^3", True),
         ("1", "11", False),
         ("1", r"\frac{1}{2}", False),
         ("{", "{1}", False),
