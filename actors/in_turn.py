@@ -1,4 +1,4 @@
-"""Calls to a group of ranks, one after the other."""
+"""Work that is done to its end, one piece after the other."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -8,7 +8,7 @@ Result = TypeVar("Result")
 
 
 class InTurn:
-    """Ranks that compute together must all make the same calls in one order."""
+    """For ranks that compute together, which must all make the same calls in one order, and for shared processes."""
 
     def __init__(self) -> None:
         self._free = asyncio.Lock()

@@ -52,7 +52,7 @@ async def main() -> None:
     pairs = read_pairs(options.pairs).rows[: options.replies // 2]
     replies = [one for pair in pairs for one in (pair.preference().chosen, pair.preference().rejected)]
 
-    actor = RewardModelActor(RewardModelConfig(kind="outcome", trainer=None, max_tokens=LIMIT))
+    actor = RewardModelActor(RewardModelConfig(kind="outcome", max_tokens=LIMIT))
     await start(actor)
     prompts = PromptReader(actor._outline.tokenizer)
     rows = [read(reply, prompts, LIMIT).tokens for reply in replies]

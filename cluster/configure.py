@@ -80,7 +80,14 @@ def _profile(kind: type[MethodConfig], given: Mapping[str, Any]) -> dict[str, An
         return {}
     values: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
     policy = values.pop("policy", {})
-    return values | {field: policy for field in policy_fields(kind) if given.get(field, {}) is not None}
+    reward = {key: value for key, value in policy.items() if key in RewardModelConfig.model_fields}
+    parts = dict.fromkeys(policy_fields(kind), policy)
+    for field in _reward_fields(kind):
+        default = kind.model_fields[field].default
+        # Rules need no GPU, and what is not there by default is not to be there by profile.
+        if field in given or (default is not None and default.kind != "rules"):
+            parts[field] = reward
+    return values | {field: part for field, part in parts.items() if given.get(field, {}) is not None}
 
 
 def run_name(method: str, config: MethodConfig) -> str:

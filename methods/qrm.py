@@ -6,6 +6,7 @@ with another reward model (reward.kind) or another source of rewards. Where this
 reference code is in docs/methods/qrm.md.
 """
 
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -24,7 +25,7 @@ from protocols.errors import BadInput
 from protocols.messages import Prompt
 from protocols.model import ModelConfig
 from protocols.policy import PolicyConfig
-from protocols.reward_model import LabelledReply, LearnRequest, Reply, RewardModelConfig
+from protocols.reward_model import Kind, LabelledReply, LearnRequest, Preference, Reply, RewardModelConfig
 from protocols.service import CheckpointRequest, Empty
 from protocols.tensor import Tensor
 from protocols.training import ForwardBackwardRequest, OptimStepRequest
@@ -67,10 +68,10 @@ async def run(cluster: Cluster, config: Config) -> None:
             if state.alarm == step.index and config.drift.enforce:
                 step.stop("drift: the policy's scores rise while its accuracy falls: it exploits its reward")
 
+    cluster.summarize(summary(cluster.metrics(), world, config, state.alarm, cluster.finished()))
     if cast.reward is not None and config.reward.learns:
         path = cluster.directory.path / "reward_model"
         await cast.reward.save(CheckpointRequest(path=str(path), training_state=False))
-    cluster.summarize(summary(cluster.metrics(), world, config, state.alarm, cluster.finished()))
 
 
 def due(step: int, every: int, first: int, last: int) -> bool:
@@ -121,7 +122,9 @@ async def make_cast(cluster: Cluster, config: Config) -> Cast:
     if critic is not None and (await critic.info(Empty())).tokenizer != own:
         raise BadInput("critic.model: its tokenizer is not the policy's, whose tokens it is to read")
     reads_tokens = reward is not None and (await reward.info(Empty())).tokenizer == own
-    return Cast(policy, rules, reward, critic, reference, reads_tokens)
+    readers = [model for model in (critic, reward if reads_tokens else None) if model is not None]
+    limit = min([(await model.info(Empty())).max_tokens for model in readers], default=sys.maxsize)
+    return Cast(policy, rules, reward, critic, reference, reads_tokens, limit)
 
 
 async def learn_reward(cast: Cast, world: World, config: Config, step: Step) -> dict[str, float]:
@@ -129,17 +132,29 @@ async def learn_reward(cast: Cast, world: World, config: Config, step: Step) -> 
     assert cast.reward is not None
     pairs = world.draw_pairs(step, config.pairs_per_step, config.seed)
     step.activity(f"training the reward model on {len(pairs)} pairs")
-    report = await cast.reward.train(LearnRequest(pairs=[pair.preference() for pair in pairs]))
+    report = await cast.reward.train(lesson([pair.preference() for pair in pairs], config.reward.kind))
     metrics = {"loss": report.loss, "grad_norm": report.grad_norm, "lr": report.learning_rate, **report.metrics}
     metrics["dropped"] = sum(report.dropped.values())
     metrics["epoch"] = step.index * config.pairs_per_step / len(world.pairs)
     return {f"reward_model/{name}": value for name, value in metrics.items()}
 
 
+def lesson(pairs: list[Preference], kind: Kind) -> LearnRequest:
+    """Pairs as the kind learns from them: as they are, or as right and wrong replies."""
+    if kind != "implicit_outcome":
+        return LearnRequest(pairs=pairs)
+    sides = [(reply, right) for pair in pairs for reply, right in ((pair.chosen, True), (pair.rejected, False))]
+    return LearnRequest(replies=[LabelledReply(reply=reply, right=right) for reply, right in sides])
+
+
 async def learn_policy(cast: Cast, world: World, rollouts: Sequence[Rollout], config: Config, step: Step) -> None:
     """One batch of the policy, and of its critic (section 2.4)."""
-    rollouts = [one for one in rollouts if len(one.completion.tokens)]
     step.sampled(sum(len(one.completion.tokens) for one in rollouts))
+    drawn = len(rollouts)
+    rollouts = [one for one in rollouts if cast.reads(one)]
+    step.log({"train/dropped": drawn - len(rollouts)})
+    if not rollouts:
+        return
     found = await scored(cast, rollouts, config, world.exact(rollouts))
     returns = returns_of(found, config.credit, config.advantage)
     temperature = config.sampling.temperature

@@ -20,6 +20,7 @@ from protocols.service import Message
 
 PRESETS = Path(__file__).parent / "presets"
 
+FROM_PAIRS = ("q_function", "outcome", "implicit", "gated")
 Credit = Literal["own", "copied", "gae"]
 
 
@@ -172,11 +173,32 @@ class Config(MethodConfig):
             raise ValueError("reward.model: expected the folder of a trained reward model for stage=policy")
         if self.source == "exact" and self.world != "chain":
             raise ValueError("source: exact credit is known in world=chain only")
-        if self.ppo.temperature != self.sampling.temperature and self.algorithm == "ppo":
+        if self.has_reward_model:
+            self._check_reward()
+        if self.critic.kind != "value" or self.rules.kind != "rules":
+            raise ValueError(
+                f"critic.kind, rules.kind: got {self.critic.kind}, {self.rules.kind}; expected value, rules"
+            )
+        if self.algorithm == "reinforce" and self.mini_batches > 1:
+            raise ValueError("mini_batches: expected 1 for reinforce, which has no ratios for what is off-policy")
+        loss = self.ppo if self.algorithm == "ppo" else self.reinforce
+        if loss.temperature != self.sampling.temperature:
             raise ValueError(f"sampling.temperature {self.sampling.temperature} and that of the loss differ")
         if self.advantage.credit == "gae" and not self.has_critic:
             raise ValueError("advantage.credit: gae needs a critic; set advantage.baseline_weight above 0")
         return self
+
+    def _check_reward(self) -> None:
+        if self.reward.kind not in (*FROM_PAIRS, "implicit_outcome"):
+            kinds = ", ".join((*FROM_PAIRS, "implicit_outcome"))
+            raise ValueError(f"reward.kind: got {self.reward.kind}, expected one that learns from pairs: {kinds}")
+        trainer = self.reward.trainer
+        if self.stage != "policy" and trainer is None:
+            raise ValueError("reward.trainer is null, but the reward model is to be trained; expected stage=policy")
+        if self.reward.lora and trainer and trainer.engine == "deepspeed" and trainer.zero_stage == 3:
+            raise ValueError(
+                "reward.lora: cannot be merged from shards when the run ends; expected zero_stage 1 or 2"
+            )
 
     def _check_files(self) -> None:
         if not self.data.prompts and self.stage != "reward":

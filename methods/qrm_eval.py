@@ -90,7 +90,7 @@ async def credit_metrics(cast: Cast, world: World, config: Config) -> dict[str, 
     """First-error AUC on fresh replies of the policy: right decisive tokens, before any error, above first errors."""
     assert cast.reward is not None
     groups = await _replies(cast, world, config, 1, "credit")
-    rollouts = [one for group in groups for one in group]
+    rollouts = [one for group in groups for one in group if cast.reads(one)]
     scores = await scores_of(cast.reward, await as_replies(rollouts, cast.policy, tokens=cast.reads_tokens))
     exact = world.exact(rollouts)
     assert exact is not None
@@ -124,12 +124,17 @@ async def test_policy(cast: Cast, world: World, config: Config) -> dict[str, flo
     rollouts = [one for group in groups for one in group]
     metrics["eval/reply_tokens"] = float(np.mean([len(one.completion.tokens) for one in rollouts]))
     if cast.reward is not None:
-        found = await scores_of(cast.reward, await as_replies(rollouts, cast.policy, tokens=cast.reads_tokens))
-        scores = np.array([one.score for one in found]).reshape(len(groups), n)
-        metrics |= {"score/mean": float(scores.mean()), "score/std": float(scores.std())}
+        read = [one for one in rollouts if cast.reads(one)]
+        found = await scores_of(cast.reward, await as_replies(read, cast.policy, tokens=cast.reads_tokens))
+        by_uid = {one.uid: score.score for one, score in zip(read, found, strict=True)}
+        if found:
+            scores = list(by_uid.values())
+            metrics |= {"score/mean": float(np.mean(scores)), "score/std": float(np.std(scores))}
         if n > 1:
             verdicts = [[one.right for one in group] for group in groups]
-            metrics[f"eval/best_of_{n}"] = best_of_n(scores.tolist(), verdicts, n)
+            # What cannot be read is never the best.
+            ranked = [[by_uid.get(one.uid, -np.inf) for one in group] for group in groups]
+            metrics[f"eval/best_of_{n}"] = best_of_n(ranked, verdicts, n)
     return metrics
 
 

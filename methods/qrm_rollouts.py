@@ -33,6 +33,12 @@ class Cast:
     reference: PolicyService | None
     reads_tokens: bool
     """Whether the reward model has the policy's tokenizer."""
+    limit: int
+    """Longest prompt and reply, in the policy's tokens, that reward model and critic read whole."""
+
+    def reads(self, rollout: "Rollout") -> bool:
+        """Whether there is something to score, and not too much."""
+        return len(rollout.completion.tokens) > 0 and len(rollout.tokens) <= self.limit
 
 
 @dataclass(frozen=True)

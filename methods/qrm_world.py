@@ -131,9 +131,13 @@ async def sample_pairs(cluster: Cluster, cast: Cast, world: World, config: Confi
 
     Raises BadInput when it has no right reply, or no wrong one.
     """
-    recipe = config.model_dump_json(include={"world", "chain", "world_seed", "pair_sampling", "sampling", "data"})
+    recipe = config.model_dump_json(
+        include={"world", "chain", "world_seed", "pair_sampling", "sampling", "data", "rules"}
+    )
     model = config.policy.model_dump_json(include={"model", "init", "seed", "dtype", "at"})
-    tasks = hashlib.sha256("".join(task.instruction for task in world.tasks).encode()).hexdigest()
+    tasks = hashlib.sha256(
+        "".join(f"{task.instruction}\0{task.reference}\0" for task in world.tasks).encode()
+    ).hexdigest()
     digest = hashlib.sha256(f"{recipe}{model}{tasks}".encode()).hexdigest()[:12]
     file = cluster.directory.path.parent / "bases" / f"pairs-{digest}.jsonl"
     if not file.is_file():

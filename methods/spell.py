@@ -156,7 +156,15 @@ async def make_cast(
 ) -> tuple[Cast, PolicyService | None, Judge | None]:
     """The three roles over one policy; a frozen copy of the base if there is a KL; a judge if one is named."""
     reward_model = await cluster.reward_model(config.reward_model) if config.reward_model is not None else None
-    known = (await reward_model.info(Empty())).tokenizer if reward_model is not None else ""
+    known = ""
+    if reward_model is not None:
+        info = await reward_model.info(Empty())
+        known, longest = info.tokenizer, config.max_input_tokens + config.answer_sampling.max_tokens
+        if info.kind != "rules" and info.max_tokens < longest:
+            raise BadInput(
+                f"reward_model.max_tokens: it reads {info.max_tokens} tokens, but prompts and answers reach {longest}"
+                " (max_input_tokens, answer_sampling.max_tokens)"
+            )
     cast = Cast(
         policy,
         await cluster.questioner(config.questioner, policy),

@@ -214,7 +214,8 @@ def _drawn_from(config: ModelConfig, source: str, dtype: torch.dtype) -> Any:
         torch.manual_seed(config.seed)
         if config.init == "random":
             return _random_model(source, config.head, dtype)
-        return pretrained(source, dtype, config.head, new_head=True)
+        # Nobody would train the head of a model that does not learn.
+        return pretrained(source, dtype, config.head, new_head=config.trainer is not None)
 
 
 def _random_model(source: str, head: Head, dtype: torch.dtype) -> Any:

@@ -199,7 +199,7 @@ def judged(config: RewardModelConfig, values_S: Scores) -> tuple[Scores, float]:
     """Scores of a reply's tokens, float64[S], and of the whole, from what the model said of each."""
     match config.kind:
         case "implicit" | "implicit_outcome":
-            values_S = values_S * (config.beta or (DPO_BETA if config.kind == "implicit" else 1.0))
+            values_S = values_S * (config.beta or DPO_BETA if config.kind == "implicit" else 1.0)
             return values_S, float(values_S.sum())
         case "gated":
             values_S = np.exp(-np.logaddexp(0, -values_S))  # the sigmoid, without overflow

@@ -3,6 +3,7 @@
 import asyncio
 
 from actors.actor import Actor
+from actors.in_turn import InTurn
 from actors.reward_model.matching import MathMatcher, texts_match
 from protocols.errors import BadInput, Stale
 from protocols.reward_model import (
@@ -26,7 +27,12 @@ class RuleRewardActor(Actor, RewardModelService):
         super().__init__()
         self._config = config
         self._matcher = MathMatcher()
-        self._turn = asyncio.Lock()
+        self._in_turn = InTurn()
+
+    async def setup(self) -> None:
+        """Start the process that compares. Raises Unavailable when it does not answer."""
+        if self._config.match == "math":
+            await asyncio.to_thread(self._matcher.start)
 
     async def close(self) -> None:
         """End the process that compares."""
@@ -53,8 +59,8 @@ class RuleRewardActor(Actor, RewardModelService):
             if reply.tokens is not None and not reply.text:
                 raise BadInput(f"reply {reply.uid!r}: text: expected the reply as text, a rule reads no tokens")
         # Algebra takes its time; other calls are answered meanwhile.
-        async with self._turn:
-            return RewardResponse(scores=await asyncio.to_thread(self._scores, request))
+        scores = await self._in_turn(lambda: asyncio.to_thread(self._scores, request))
+        return RewardResponse(scores=scores)
 
     def _scores(self, request: RewardRequest) -> list[ReplyScore]:
         return [self._score(reply) for reply in request.replies]

@@ -120,6 +120,7 @@ async def test_stages_one_by_one(run: Run, kind: str) -> None:
     [
         ["reward.kind=outcome"],
         ["reward.kind=implicit"],
+        ["reward.kind=implicit_outcome"],
         ["reward.kind=gated", "algorithm=reinforce"],
         ["source=rules", "stage=policy"],
         ["source=exact", "stage=policy", "algorithm=reinforce", "advantage.whiten=true"],
@@ -134,6 +135,12 @@ async def test_baselines_and_forms(run: Run, words: list[str]) -> None:
     last = done.rows[-1]
     assert math.isfinite(last["train/loss"]) and last["train/grad_norm"] > 0
     assert ("critic/loss" in last) == (not any("reinforce" in word for word in words))
+
+
+async def test_replies_that_are_too_long_to_read_are_left_out(run: Run) -> None:
+    # Prompt and separator are 5 tokens, a whole reply is 5.
+    done = await run("short", "critic.max_tokens=9", "prompts_per_step=32", "sampling.max_tokens=5")
+    assert all(row["train/dropped"] > 0 for row in done.rows[4:])
 
 
 async def test_exact_credit_teaches(run: Run) -> None:
@@ -153,6 +160,11 @@ async def test_exact_credit_teaches(run: Run) -> None:
         (["world=text", "prompts=x.jsonl", "source=exact"], "source: exact credit is known in world=chain only"),
         (["policy.trainer=null"], "policy.trainer is null"),
         (["algorithm=reinforce", "advantage.credit=gae"], "gae needs a critic"),
+        (["algorithm=reinforce", "mini_batches=2"], "mini_batches: expected 1 for reinforce"),
+        (["algorithm=reinforce", "sampling.temperature=0.5"], "sampling.temperature 0.5 and that of the loss differ"),
+        (["reward.kind=steps"], "reward.kind: got steps, expected one that learns from pairs"),
+        (["reward.trainer=null"], "reward.trainer is null"),
+        (["critic.kind=outcome"], "critic.kind, rules.kind: got outcome"),
         (["sampling.temperature=0.5"], "sampling.temperature 0.5 and that of the loss differ"),
     ],
 )

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from cluster.cluster import Cluster
 from cluster.configure import configure
@@ -183,8 +184,11 @@ async def test_files_with_the_embedded_model(tmp_path: Path) -> None:
 async def test_a_reward_model_joins_by_configuration_alone(run: Run, runs_dir: Path) -> None:
     plain = await run("without")
     (base,) = (runs_dir / "bases").glob("ledger-*")
+    judge = runs_dir / "judge"
+    AutoModelForSequenceClassification.from_pretrained(base, num_labels=1).save_pretrained(judge)
+    AutoTokenizer.from_pretrained(base).save_pretrained(judge)
     by_rule = await run("rule", "reward_model.kind=rules", "reward_model.match=cover")
-    kinds = ["reward_model.kind=q_function", "reward_model.trainer=null", f"reward_model.model={base}"]
+    kinds = ["reward_model.kind=q_function", "reward_model.trainer=null", f"reward_model.model={judge}"]
     by_model = await run("model", *kinds, "rewards.model_weight=2")
     ignored = await run("ignored", *kinds, "rewards.model_weight=0")
     assert same_weights(weights(plain.folder, 1), weights(ignored.folder, 1))

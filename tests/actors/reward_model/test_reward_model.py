@@ -11,7 +11,13 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from transformers import CONFIG_MAPPING, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from actors.actor import answer, start
 from actors.policy.chat import vocabulary_digest
@@ -62,13 +68,24 @@ def byte_model(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: Any) ->
     return directory
 
 
+@pytest.fixture(scope="module")
+def scalar_model(byte_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The byte model with a scalar head, as a trained reward model has it."""
+    directory = tmp_path_factory.mktemp("scalar")
+    AutoModelForSequenceClassification.from_pretrained(byte_model, num_labels=1).save_pretrained(directory)
+    AutoTokenizer.from_pretrained(byte_model).save_pretrained(directory)
+    return directory
+
+
 @pytest.fixture
-async def make(byte_model: Path) -> AsyncIterator[MakeModel]:
-    """Start reward models, by default over the byte model."""
+async def make(byte_model: Path, scalar_model: Path) -> AsyncIterator[MakeModel]:
+    """Start reward models, by default over the byte model, with a head of its own if they do not learn."""
     actors: list[RewardModelActor] = []
 
     async def make(kind: str = "q_function", **options: Any) -> RewardModelActor:
-        defaults = {"model": str(byte_model), "threads": 1, "device": "cpu", "trainer": TRAINER}
+        frozen = options.get("trainer", TRAINER) is None and "implicit" not in kind
+        model = scalar_model if frozen else byte_model
+        defaults = {"model": str(model), "threads": 1, "device": "cpu", "trainer": TRAINER}
         actor = RewardModelActor(RewardModelConfig.model_validate(defaults | {"kind": kind} | options))
         actors.append(actor)
         await start(actor)
@@ -177,7 +194,8 @@ async def test_log_ratios_are_times_beta(kind: str, make: MakeModel) -> None:
     actor = await make(kind, beta=0.3)
     assert not tokens_of(await score(actor, tokens=[5, 6])).any(), "before it has learnt anything"
     await train(actor)
-    expected = 0.3 * raw(actor, [*PROMPT["tokens"], 5, 6])[3:]
+    # The loss of implicit_outcome has no beta (Yuan et al. 2024), so its scores have none.
+    expected = (0.3 if kind == "implicit" else 1.0) * raw(actor, [*PROMPT["tokens"], 5, 6])[3:]
     np.testing.assert_allclose(tokens_of(await score(actor, tokens=[5, 6])), expected, atol=1e-6)
     assert abs(expected).max() > 1e-3
 
@@ -678,6 +696,11 @@ async def test_weights_alone_are_enough_to_score(
     # Log-ratios are to the model that was there before, not to the one that is loaded.
     started = await make(kind, trainer=None, model=str(tmp_path), reference=str(byte_model))
     assert await scores(started, *ASKED) == await scores(actor, *ASKED)
+
+
+async def test_a_model_without_a_head_does_not_score_untrained(make: MakeModel, byte_model: Path) -> None:
+    with pytest.raises(BadInput, match=r"model: cannot load .* the first is score\.weight"):
+        await make(trainer=None, model=str(byte_model))
 
 
 def test_log_ratios_of_a_trained_model_need_the_untrained_one() -> None:

@@ -100,6 +100,7 @@ async def test_what_a_rule_cannot_judge(rules: RuleRewardActor, given: dict[str,
 
 def test_a_comparison_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     matcher = MathMatcher()
+    matcher.start()
     try:
         assert matcher.compare("7", "7")[0]
         # The next one has no time at all, as if the process hung.
