@@ -26,8 +26,8 @@ class RewardModelConfig(ModelConfig):
     trainer: TrainerConfig | None = TrainerConfig(learning_rate=1e-5, weight_decay=0.0)
     """How it learns; null: it does not."""
     beta: float | None = Field(default=None, gt=0)
-    """Factor of the scores in the loss of q_function (null: 0.2), of the log-ratios in implicit (null: 0.1); others have
-    none."""
+    """Factor of the scores in the loss of q_function (null: 0.2), of the log-ratios in implicit (null: 0.1). Other
+    kinds have none."""
     gamma: float = Field(default=2.0, ge=0)
     """Of q_function: margin by which a pair must be told apart."""
     clip: float = Field(default=0.0, ge=0)
