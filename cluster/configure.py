@@ -84,8 +84,9 @@ def _profile(kind: type[MethodConfig], given: Mapping[str, Any]) -> dict[str, An
     parts = dict.fromkeys(policy_fields(kind), policy)
     for field in _reward_fields(kind):
         default = kind.model_fields[field].default
+        given_kind = (given.get(field) or {}).get("kind", default.kind if default else RewardModelConfig().kind)
         # Rules need no GPU, and what is not there by default is not to be there by profile.
-        if field in given or (default is not None and default.kind != "rules"):
+        if given_kind != "rules" and (default is not None or field in given):
             parts[field] = reward
     return values | {field: part for field, part in parts.items() if given.get(field, {}) is not None}
 

@@ -18,25 +18,20 @@ from methods.qrm_config import Config, preset
 from methods.qrm_credit import advantages_of, less_kl, returns_of
 from methods.qrm_eval import History, test_policy, test_reward, watched
 from methods.qrm_report import log_replies, summary
-from methods.qrm_rollouts import TERM, Cast, Rollout, logprobs_of, roll_out, scored, train_rows, values_of
+from methods.qrm_rollouts import TERM, Cast, Rollout, by_tokens, logprobs_of, roll_out, scored, train_rows, values_of
 from methods.qrm_world import World, read_world, sample_pairs
 from methods.worlds.chain_base import chain_base
 from protocols.errors import BadInput
-from protocols.messages import Prompt
 from protocols.model import ModelConfig
 from protocols.policy import PolicyConfig
-from protocols.reward_model import Kind, LabelledReply, LearnRequest, Preference, Reply, RewardModelConfig
+from protocols.reward_model import Kind, LabelledReply, LearnRequest, Preference, RewardModelConfig
 from protocols.service import CheckpointRequest, Empty
 from protocols.tensor import Tensor
 from protocols.training import ForwardBackwardRequest, OptimStepRequest
 
 __all__ = ["HEADLINE", "Config", "policies", "preset", "run"]
 
-HEADLINE = ("reward/loss", "eval/pairs", "reward/right", "eval/pass_at_1")
-
-
-class State(History):
-    """What the loop carries from step to step beside weights."""
+HEADLINE = ("reward_model/loss", "eval/pairs", "reward/right", "eval/pass_at_1")
 
 
 async def run(cluster: Cluster, config: Config) -> None:
@@ -46,7 +41,7 @@ async def run(cluster: Cluster, config: Config) -> None:
     cast = await make_cast(cluster, config)
     if config.reward_until and not world.pairs:
         world.take_pairs(await sample_pairs(cluster, cast, world, config), None, config)
-    state = State()
+    state = History()
 
     async for step in cluster.steps(state, first=0):
         if 0 < step.index <= config.reward_until:
@@ -84,26 +79,30 @@ async def with_models(cluster: Cluster, world: World, config: Config) -> Config:
     if world.chain is not None:
         base = await chain_base(cluster, world.chain, config.chain, config.policy, config.world_seed)
         config = config.model_copy(update={"policy": config.policy.model_copy(update={"model": base})})
-    return config.model_copy(update=policies(config, from_policy=True))
+    return config.model_copy(update=models_of(config))
 
 
-def policies(config: Config, *, from_policy: bool = False) -> dict[str, ModelConfig]:
-    """The models that a run loads, by the name of their field. `from_policy`: those that name none start from it."""
+def models_of(config: Config) -> dict[str, ModelConfig]:
+    """The models that a run loads, by the name of their field; those that name none start from the policy's."""
     found: dict[str, ModelConfig] = {"policy": config.policy}
     for name, model, wanted in (
         ("reward", config.reward, config.has_reward_model),
         ("critic", config.critic, config.has_critic),
     ):
-        if wanted and model.kind != "rules":
+        if wanted:
             given = model.model != RewardModelConfig().model
             found[name] = model if given else model.model_copy(update={"model": config.policy.model})
     if config.stage == "policy" and "reward" in found:
         # It is trained already, from the policy's own model unless another is named.
         reference = config.reward.reference or config.policy.model
         found["reward"] = config.reward.model_copy(update={"trainer": None, "reference": reference})
-    if not from_policy and config.kl_coef:
-        found["reference"] = reference_of(config)
     return found
+
+
+def policies(config: Config) -> dict[str, ModelConfig]:
+    """What the plan counts: the models of the run, and a frozen policy if there is a KL."""
+    reference: dict[str, ModelConfig] = {"reference": reference_of(config)} if config.needs_reference else {}
+    return models_of(config) | reference
 
 
 def reference_of(config: Config) -> PolicyConfig:
@@ -117,7 +116,7 @@ async def make_cast(cluster: Cluster, config: Config) -> Cast:
     rules = await cluster.reward_model(config.rules, name="rules")
     reward = await cluster.reward_model(config.reward, name="reward_model") if config.has_reward_model else None
     critic = await cluster.reward_model(config.critic, name="critic") if config.has_critic else None
-    reference = await cluster.policy(reference_of(config), name="reference") if config.kl_coef else None
+    reference = await cluster.policy(reference_of(config), name="reference") if config.needs_reference else None
     own = (await policy.info(Empty())).tokenizer
     if critic is not None and (await critic.info(Empty())).tokenizer != own:
         raise BadInput("critic.model: its tokenizer is not the policy's, whose tokens it is to read")
@@ -162,7 +161,7 @@ async def learn_policy(cast: Cast, world: World, rollouts: Sequence[Rollout], co
     if reference is not None and config.advantage.kl_coef:
         logprobs = [one.completion.logprobs.array.astype(np.float64) for one in rollouts]
         returns = less_kl(returns, logprobs, reference, config.advantage)
-    values = await values_of(cast.critic, rollouts, cast.policy) if cast.critic else None
+    values = await values_of(cast.critic, rollouts) if cast.critic else None
     advantages, targets = advantages_of(returns, values, config.credit, config.advantage)
 
     losses = {TERM: config.ppo if config.algorithm == "ppo" else config.reinforce}
@@ -198,7 +197,7 @@ async def learn_policy(cast: Cast, world: World, rollouts: Sequence[Rollout], co
 def labelled_reply(rollout: Rollout, targets: Values, old_values: Values) -> LabelledReply:
     """What the critic learns from a reply."""
     return LabelledReply(
-        reply=Reply(uid=rollout.uid, prompt=Prompt(tokens=rollout.prompt_tokens), tokens=rollout.completion.tokens),
+        reply=by_tokens(rollout),
         targets=Tensor(targets, "float32"),
         old_values=Tensor(old_values, "float32"),
     )

@@ -15,12 +15,11 @@ from protocols.messages import SamplingParams
 from protocols.model import TrainerConfig
 from protocols.placement import Resources
 from protocols.policy import PolicyConfig
-from protocols.reward_model import RewardModelConfig
+from protocols.reward_model import FROM_PAIRS, RewardModelConfig
 from protocols.service import Message
 
 PRESETS = Path(__file__).parent / "presets"
 
-FROM_PAIRS = ("q_function", "outcome", "implicit", "gated")
 Credit = Literal["own", "copied", "gae"]
 
 
@@ -54,9 +53,9 @@ class AdvantageConfig(Message):
 
     credit: Credit | None = None
     """`own`: a token's score is its return. `copied`: the reply's score is that of each token. `gae`: scores are
-    rewards, the reply's at its last token, and advantages are estimated over them. Null: own for q_function, gated,
-    steps and exact credit; gae for PPO with outcome and implicit rewards; copied for rules; for REINFORCE own with
-    implicit and copied with outcome rewards."""
+    rewards, the reply's at its last token, and advantages are estimated over them. Null: own for q_function, gated
+    and exact credit; gae for PPO with outcome and implicit rewards; copied for rules; for REINFORCE own with implicit
+    and copied with outcome rewards."""
     normalisation: Normalisation = "centred"
     """`centred`: less the batch's mean, over its deviation (paper). `scale_only`: over its deviation alone (reference
     code)."""
@@ -224,10 +223,10 @@ class Config(MethodConfig):
         return {"reward": self.steps, "policy": 0, "all": self.reward_steps}[self.stage]
 
     @property
-    def kl_coef(self) -> float:
-        """Whether a reference policy is needed, in the loss or in the reward."""
+    def needs_reference(self) -> bool:
+        """Whether a KL to the untrained policy counts, in the loss or in the reward."""
         loss = self.ppo if self.algorithm == "ppo" else self.reinforce
-        return loss.kl_coef + self.advantage.kl_coef
+        return loss.kl_coef + self.advantage.kl_coef > 0
 
     @property
     def credit(self) -> Credit:
@@ -236,11 +235,11 @@ class Config(MethodConfig):
             return self.advantage.credit
         if self.source != "reward_model":
             return "own" if self.source == "exact" else "copied"
-        if self.reward.kind in ("q_function", "gated", "steps"):
+        if self.reward.kind in ("q_function", "gated"):
             return "own"
         if self.algorithm == "ppo" and self.has_critic:
             return "gae"
-        return "own" if self.reward.kind == "implicit" else "copied"
+        return "own" if self.reward.needs_reference else "copied"
 
 
 def preset(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -91,13 +91,15 @@ async def scores_of(model: RewardModelService, replies: Sequence[Reply]) -> list
     return scores
 
 
+def by_tokens(one: Rollout) -> Reply:
+    """A rollout as a model of the policy's own vocabulary reads it."""
+    return Reply(uid=one.uid, prompt=Prompt(tokens=one.prompt_tokens), tokens=one.completion.tokens)
+
+
 async def as_replies(rollouts: Sequence[Rollout], policy: PolicyService, *, tokens: bool) -> list[Reply]:
     """Rollouts as a model reads them: by their tokens, or as text with the places where the policy's tokens end."""
     if tokens:
-        return [
-            Reply(uid=one.uid, prompt=Prompt(tokens=one.prompt_tokens), tokens=one.completion.tokens)
-            for one in rollouts
-        ]
+        return [by_tokens(one) for one in rollouts]
     request = DetokenizeRequest(tokens=[one.completion.tokens for one in rollouts])
     ends = (await policy.detokenize(request)).ends
     return [
@@ -133,10 +135,9 @@ def per_token(score: ReplyScore) -> Values:
     return score.tokens.array.astype(np.float64)
 
 
-async def values_of(critic: RewardModelService, rollouts: Sequence[Rollout], policy: PolicyService) -> list[Values]:
+async def values_of(critic: RewardModelService, rollouts: Sequence[Rollout]) -> list[Values]:
     """The critic's values of the states before each token, float64[T] each."""
-    replies = await as_replies(rollouts, policy, tokens=True)
-    return [per_token(score) for score in await scores_of(critic, replies)]
+    return [per_token(score) for score in await scores_of(critic, [by_tokens(one) for one in rollouts])]
 
 
 async def logprobs_of(policy: PolicyService, rollouts: Sequence[Rollout], temperature: float) -> list[Values]:

@@ -11,6 +11,8 @@ from protocols.service import Empty, Message, Service, rpc
 from protocols.tensor import Ends, PerToken, TokenIds
 
 Kind = Literal["rules", "q_function", "outcome", "implicit", "implicit_outcome", "gated", "steps", "value"]
+FROM_PAIRS: tuple[Kind, ...] = ("q_function", "outcome", "implicit", "gated")
+"""Kinds that learn from preferences as such."""
 Match = Literal["math", "exact", "cover", "wildcard"]
 
 
@@ -113,7 +115,7 @@ class ReplyScore(Message):
     truncated: bool = False
     """Whether the reply was cut."""
     answer: str | None = None
-    """The final answer that a rule read; unset if there is none."""
+    """The final answer that `match=math` read; unset if there is none."""
 
 
 class RewardRequest(Message):

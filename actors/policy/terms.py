@@ -19,6 +19,7 @@ from protocols.losses import (
     GRPOLoss,
     ImplicitOutcomeLoss,
     LikelihoodLoss,
+    LossBase,
     LossSpec,
     OutcomeLoss,
     PolicyLoss,
@@ -141,11 +142,16 @@ def own_counts(request: ForwardBackwardRequest) -> dict[str, float]:
             present, spec = int(np.count_nonzero(weights.array)), request.losses[name]
             if isinstance(spec, OverPairs):
                 counts[name] += 0.5
-            elif isinstance(spec, ValueLoss) or (isinstance(spec, PolicyLoss) and spec.normalize == "token"):
+            elif _by_token(spec):
                 counts[name] += present
             else:
                 counts[name] += min(present, 1)
     return counts
+
+
+def _by_token(spec: LossBase) -> bool:
+    """Whether the term is one mean over all tokens."""
+    return isinstance(spec, ValueLoss) or (isinstance(spec, PolicyLoss) and spec.normalize == "token")
 
 
 def evaluate(spec: LossSpec, batch: TokenBatch, weights_BK: torch.Tensor, rows: Sequence[TrainRow]) -> Term:
@@ -165,7 +171,7 @@ def _reduced(
 ) -> torch.Tensor:
     """Weighted sum over tokens; of terms by sequence, the sum over rows of each row's weighted mean."""
     weighted_BK = torch.where(weights_BK != 0, loss_BK * weights_BK, 0.0)
-    if isinstance(spec, ValueLoss) or (isinstance(spec, PolicyLoss) and spec.normalize == "token"):
+    if _by_token(spec):
         return weighted_BK.sum()
     return (weighted_BK.sum(-1) / (weights_BK != 0).sum(-1).clamp(min=1)).sum()
 

@@ -18,12 +18,11 @@ from protocols.losses import (
     StepsLoss,
     ValueLoss,
 )
-from protocols.reward_model import Kind, LabelledReply, LearnRequest, Reply, RewardModelConfig
+from protocols.reward_model import FROM_PAIRS, Kind, LabelledReply, LearnRequest, Reply, RewardModelConfig
 from protocols.tensor import Tensor
 from protocols.training import TrainRow
 
 TERM = "reward"
-FROM_PAIRS = ("q_function", "outcome", "implicit", "gated")
 
 Learnable = tuple[Read, Read] | tuple[Read, LabelledReply]
 """The better and the worse reply, or a reply with its label."""

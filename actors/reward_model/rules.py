@@ -70,7 +70,7 @@ class RuleRewardActor(Actor, RewardModelService):
             right, answer = self._matcher.compare(reply.text, reply.reference)
             return ReplyScore(uid=reply.uid, score=float(right), answer=answer)
         right = texts_match(reply.text, reply.reference, self._config.match)
-        return ReplyScore(uid=reply.uid, score=float(right), answer=reply.text)
+        return ReplyScore(uid=reply.uid, score=float(right))
 
     async def train(self, request: LearnRequest) -> LearnResponse:
         """Rules do not learn."""

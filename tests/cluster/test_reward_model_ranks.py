@@ -1,6 +1,5 @@
 """A reward model whose ranks are processes of their own learns and scores as one process does."""
 
-from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +7,6 @@ import numpy as np
 import pytest
 
 from cluster.cluster import Cluster
-from cluster.config import MethodConfig
-from methods.worlds.ledger import write_skeleton
 from protocols.errors import BadInput
 from protocols.messages import Prompt
 from protocols.reward_model import (
@@ -21,7 +18,6 @@ from protocols.reward_model import (
     RewardRequest,
 )
 from protocols.service import CheckpointRequest, Empty
-from tests.cluster.local_ray import local_ray
 from tests.cluster.test_trainer_group import GROUPS
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -38,37 +34,6 @@ TRAINER = {
 }
 SIZES = [5, 1, 3]
 """Pairs of the steps: an odd number, and one alone, which leaves a rank without rows."""
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    directory = tmp_path_factory.mktemp("model")
-    write_skeleton(directory)
-    return str(directory)
-
-
-@pytest.fixture(scope="module")
-def ray() -> Iterator[Any]:
-    """One Ray for all tests of this file; its processes outnumber the cores of a small machine."""
-    with local_ray(cpus=8) as ray:
-        yield ray
-
-
-def a_cluster(folder: Path, transport: str) -> Cluster:
-    config = MethodConfig.model_validate({"runs_dir": str(folder), "transport": transport, "deadline_s": 300})
-    return Cluster(config, method="test", run=f"rewards-{transport}")
-
-
-@pytest.fixture
-async def inline(tmp_path: Path) -> AsyncIterator[Cluster]:
-    async with a_cluster(tmp_path, "inline") as cluster:
-        yield cluster
-
-
-@pytest.fixture
-async def on_ray(ray: Any, tmp_path: Path) -> AsyncIterator[Cluster]:
-    async with a_cluster(tmp_path, "ray") as cluster:
-        yield cluster
 
 
 def a_reward_model(model: str, kind: str, **trainer: Any) -> RewardModelConfig:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from cluster.configure import configure
-from methods import qrm
+from methods import qrm, spell
 from methods.advantages import Values
 from methods.qrm_config import AdvantageConfig
 from methods.qrm_credit import Scored, advantages_of, less_kl, returns_of
@@ -51,7 +51,7 @@ def test_the_reference_codes_form_is_one_key() -> None:
 
 def test_the_reference_codes_form_of_reinforce() -> None:
     config = config_of("form=reference", "algorithm=reinforce")
-    assert not config.has_critic and not config.kl_coef
+    assert not config.has_critic and not config.needs_reference
     returns = returns_of(SCORED, "own", config.advantage)
     close(returns, [[0.468293, 1.404879, 0.312195], [1.873172, 0.936586]])
     assert advantages_of(returns, None, "own", config.advantage)[0][0] is not None
@@ -104,6 +104,7 @@ def test_level_and_scale_of_the_logits_do_not_matter(level: float, scale: float)
         (("reward.kind=outcome",), "gae"),
         (("reward.kind=implicit",), "gae"),
         (("reward.kind=implicit", "algorithm=reinforce"), "own"),
+        (("reward.kind=implicit_outcome", "algorithm=reinforce"), "own"),
         (("reward.kind=outcome", "algorithm=reinforce"), "copied"),
         (("source=rules",), "copied"),
         (("source=exact",), "own"),
@@ -112,3 +113,13 @@ def test_level_and_scale_of_the_logits_do_not_matter(level: float, scale: float)
 )
 def test_how_each_reward_becomes_credit(words: tuple[str, ...], credit: str) -> None:
     assert config_of(*words).credit == credit
+
+
+def test_a_profile_reaches_reward_models_that_are_there() -> None:
+    config = config_of("profile=cluster")
+    for model in (config.reward, config.critic):
+        assert model.trainer is not None and model.trainer.engine == "deepspeed"
+        assert (model.dtype, model.resources.gpus) == ("bfloat16", 1)
+    assert config.rules.resources.gpus == 0
+    spelled = configure(spell.Config, ["world=ledger", "profile=cluster"], None, spell.preset)
+    assert spelled.reward_model is None

@@ -76,7 +76,8 @@ async def test_a_run_trains_reward_model_critic_and_policy(run: Run) -> None:
             actor,
             before,
         )
-    assert {name for names in PANELS.values() for name in names} - {"eval/spans"} <= set().union(*done.rows)
+    shown = {name for names in PANELS.values() for name in names} | set(qrm.HEADLINE)
+    assert shown - {"eval/spans"} <= set().union(*done.rows)
     exported = AutoModelForSequenceClassification.from_pretrained(done.folder / "reward_model")
     assert exported.config.num_labels == 1
 
