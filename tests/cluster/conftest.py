@@ -28,7 +28,7 @@ def ray() -> Iterator[Any]:
 
 def a_cluster(folder: Path, transport: str) -> Cluster:
     config = MethodConfig.model_validate({"runs_dir": str(folder), "transport": transport, "deadline_s": 300})
-    return Cluster(config, method="test", run=transport)
+    return Cluster(config, method="test", run=f"group-{transport}")
 
 
 @pytest.fixture
