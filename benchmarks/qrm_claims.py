@@ -41,11 +41,13 @@ def run(name: str, words: Sequence[str], runs: Path) -> list[Row]:
     return [json.loads(line) for line in (runs / name / "metrics.jsonl").read_text().splitlines()]
 
 
-def reward_model(kind: str, world: int, runs: Path, *words: str, name: str = "") -> tuple[Path, list[Row]]:
+def reward_model(
+    kind: str, world: int, runs: Path, steps: int = 4000, words: Sequence[str] = (), name: str = ""
+) -> tuple[Path, list[Row]]:
     """Folder of a trained reward model, and what its training measured."""
     name = name or f"reward-{kind}-{world}"
     given = ["stage=reward", f"reward.kind={kind}", f"world_seed={world}", f"seed={world}", *RATES.get(kind, [])]
-    rows = run(name, [*given, "steps=4000", "reward_test_every=1000", *words], runs)
+    rows = run(name, [*given, f"steps={steps}", "reward_test_every=1000", *words], runs)
     return runs / name / "reward_model", rows
 
 
@@ -101,17 +103,25 @@ def learning(seeds: Sequence[int], runs: Path, pool: ThreadPoolExecutor) -> dict
 
 
 def drift(seeds: Sequence[int], runs: Path, pool: ThreadPoolExecutor) -> dict[str, list[float]]:
-    """The alarm must ring at a test before the first at which Pass@1 is 10 points below its best."""
+    """The alarm must ring before the test at which Pass@1 is 10 points below its best; a world per seed."""
     arms = {
         "q_function": [],
         "q_function, no baseline": ["advantage.baseline_weight=0"],
+        "q_function, a quarter of its steps": [],
         "implicit": [],
         "implicit, no baseline": ["advantage.baseline_weight=0"],
+        "outcome, copied": ["advantage.credit=copied"],
     }  # fmt: skip
 
     def one(arm: str, seed: int) -> list[Row]:
-        words = ["stage=policy", f"seed={seed}", "world_seed=0", "steps=200", *source(arm.split(",")[0], 0, runs)]
-        return run(f"drift-{arm.replace(', ', '-').replace(' ', '-')}-{seed}", [*words, *arms[arm]], runs)
+        kind = arm.split(",")[0]
+        if "quarter" in arm:
+            scorer, _ = reward_model(kind, seed, runs, steps=1000, name=f"reward-{kind}-quarter-{seed}")
+        else:
+            scorer, _ = reward_model(kind, seed, runs)
+        words = [f"reward.kind={kind}", f"reward.model={scorer}", "stage=policy", f"seed={seed}", "steps=200"]
+        name = f"drift-{arm.replace(', ', '-').replace(' ', '-')}-{seed}"
+        return run(name, [*words, f"world_seed={seed}", *arms[arm]], runs)
 
     jobs = {(arm, seed): pool.submit(one, arm, seed) for seed in seeds for arm in arms}
     table = {}
@@ -139,7 +149,7 @@ def lost(rows: list[Row], points: float = 0.1) -> float:
 def regimes(seeds: Sequence[int], runs: Path, pool: ThreadPoolExecutor) -> dict[str, list[float]]:
     def scorer(length: int) -> tuple[Path, list[Row]]:
         words = [f"chain.length={length}", f"sampling.max_tokens={length + 4}"]
-        return reward_model("q_function", 0, runs, *words, name=f"reward-q_function-length-{length}")
+        return reward_model("q_function", 0, runs, words=words, name=f"reward-q_function-length-{length}")
 
     scorers = {length: pool.submit(scorer, length) for length in LENGTHS}
 

@@ -1,4 +1,4 @@
-"""Q-RM on Ray actors: the numbers of a run in one process, and a reward model that learns over two ranks."""
+"""Q-RM on Ray actors, its reward model over two ranks: the numbers of a run in one process."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,11 +29,9 @@ async def rows(folder: Path, name: str, *words: str) -> list[dict[str, float]]:
         return cluster.metrics()
 
 
-async def test_the_same_numbers_on_ray(tmp_path: Path) -> None:
-    here = await rows(tmp_path, "here")
-    assert await rows(tmp_path, "ray", "transport=ray") == here
-    ranks = await rows(tmp_path, "ranks", *RANKS)
-    for one, other in zip(here, ranks, strict=True):
-        assert one.keys() == other.keys()
-        if "reward_model/loss" in one:
-            assert other["reward_model/loss"] == pytest.approx(one["reward_model/loss"], rel=1e-3)
+async def test_the_same_numbers_on_ray_and_ranks(tmp_path: Path) -> None:
+    here, there = await rows(tmp_path, "here"), await rows(tmp_path, "ranks", *RANKS)
+    assert len(there) == len(here) > 6
+    for one, other in zip(here, there, strict=True):
+        # Ranks add up in another order; all else is the same to the last bit.
+        assert other == pytest.approx(one, rel=1e-4)
