@@ -1,21 +1,24 @@
-"""Measures the claims about Q-RM in the lookup chain: python benchmarks/qrm_claims.py credit|learning|drift|regimes.
+"""Measures the claims about Q-RM in the lookup chain: python benchmarks/qrm_claims.py PART.
 
 Each arm is one `launch.py qrm world=chain` run per seed; compared arms have the same base, pairs, prompts and steps.
 Runs that are there already are not repeated. Prints Markdown tables and writes the values to <part>.json.
 
 credit    first-error AUC of reward models that learnt from the same pairs, a world per seed
 learning  steps to Pass@1 0.70 with each reward: one world, one reward model per kind, a seed per run
-drift     200 steps with a learnt reward: does the alarm ring before Pass@1 has lost 10 points?
+forms     the same for Q-RM: paper and reference code, PPO and REINFORCE
+drift     200 steps with a learnt reward, a world per seed: is it exploited?
+alarm     does the alarm ring before Pass@1 has lost 10 points, and does it keep quiet otherwise?
 regimes   steps to 0.70 with exact credit, outcomes and Q-RM, by length, batch and algorithm
 """
 
 import argparse
+import itertools
 import json
 import math
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,7 +29,7 @@ KINDS = ("q_function", "outcome", "implicit")
 RATES = {"implicit": ["reward.trainer.learning_rate=0.001"]}
 LENGTHS, BATCHES, ALGORITHMS = (8, 24, 64), (16, 64), ("ppo", "reinforce")
 REWARDS = ("exact", "outcome", "q_function")
-TARGET = 0.7
+TARGET, MOST_STEPS = 0.7, 150
 Row = dict[str, float]
 
 
@@ -82,31 +85,51 @@ def source(kind: str, world: int, runs: Path) -> list[str]:
     """The words that make a reward of this kind the policy's."""
     if kind == "outcome-true":
         return ["source=rules"]
+    if kind == "outcome-copied":
+        return [*source("outcome", world, runs), "advantage.credit=copied"]
     return [f"reward.kind={kind}", f"reward.model={reward_model(kind, world, runs)[0]}"]
 
 
 def learning(seeds: Sequence[int], runs: Path, pool: ThreadPoolExecutor) -> dict[str, list[float]]:
-    kinds = (*KINDS, "outcome-true")
+    arms = {kind: source(kind, 0, runs) for kind in (*KINDS, "outcome-copied", "outcome-true")}
+    return learnt("learning", arms, seeds, runs, pool)
 
-    def one(kind: str, seed: int) -> list[Row]:
-        words = ["stage=policy", f"seed={seed}", "world_seed=0", "steps=60", *source(kind, 0, runs)]
-        return run(f"learning-{kind}-{seed}", words, runs)
 
-    jobs = {(kind, seed): pool.submit(one, kind, seed) for seed in seeds for kind in kinds}
+def forms(seeds: Sequence[int], runs: Path, pool: ThreadPoolExecutor) -> dict[str, list[float]]:
+    arms = {
+        "paper-ppo": [],
+        "paper-reinforce": ["algorithm=reinforce"],
+        "reference-ppo": ["form=reference"],
+        "reference-reinforce": ["form=reference", "algorithm=reinforce"],
+    }
+    scorer = source("q_function", 0, runs)
+    return learnt("forms", {arm: [*words, *scorer] for arm, words in arms.items()}, seeds, runs, pool)
+
+
+def learnt(
+    part: str, arms: Mapping[str, Sequence[str]], seeds: Sequence[int], runs: Path, pool: ThreadPoolExecutor
+) -> dict[str, list[float]]:
+    """How fast and how far 60 steps of the policy get in world 0, by arm."""
+
+    def one(arm: str, seed: int) -> list[Row]:
+        words = ["stage=policy", f"seed={seed}", "world_seed=0", "steps=60", *arms[arm]]
+        return run(f"{part}-{arm}-{seed}", words, runs)
+
+    jobs = {(arm, seed): pool.submit(one, arm, seed) for seed in seeds for arm in arms}
     table = {}
-    for kind in kinds:
-        found = [jobs[kind, seed].result() for seed in seeds]
-        table[f"steps to {TARGET}, {kind}"] = [steps_to(rows) for rows in found]
-        table[f"best Pass@1, {kind}"] = [max(value for _, value in curve(rows)) for rows in found]
-        table[f"Pass@1 after 60 steps, {kind}"] = [curve(rows)[-1][1] for rows in found]
+    for arm in arms:
+        found = [jobs[arm, seed].result() for seed in seeds]
+        table[f"steps to {TARGET}, {arm}"] = [steps_to(rows) for rows in found]
+        table[f"best Pass@1, {arm}"] = [max(value for _, value in curve(rows)) for rows in found]
+        table[f"Pass@1 after 60 steps, {arm}"] = [curve(rows)[-1][1] for rows in found]
     return table
 
 
 def drift(seeds: Sequence[int], runs: Path, pool: ThreadPoolExecutor) -> dict[str, list[float]]:
-    """The alarm must ring before the test at which Pass@1 is 10 points below its best; a world per seed."""
     arms = {
         "q_function": [],
         "q_function, no baseline": ["advantage.baseline_weight=0"],
+        "q_function, KL": ["ppo.kl_coef=0.1"],
         "q_function, a quarter of its steps": [],
         "implicit": [],
         "implicit, no baseline": ["advantage.baseline_weight=0"],
@@ -115,10 +138,7 @@ def drift(seeds: Sequence[int], runs: Path, pool: ThreadPoolExecutor) -> dict[st
 
     def one(arm: str, seed: int) -> list[Row]:
         kind = arm.split(",")[0]
-        if "quarter" in arm:
-            scorer, _ = reward_model(kind, seed, runs, steps=1000, name=f"reward-{kind}-quarter-{seed}")
-        else:
-            scorer, _ = reward_model(kind, seed, runs)
+        scorer, _ = quarter(seed, runs) if "quarter" in arm else reward_model(kind, seed, runs)
         words = [f"reward.kind={kind}", f"reward.model={scorer}", "stage=policy", f"seed={seed}", "steps=200"]
         name = f"drift-{arm.replace(', ', '-').replace(' ', '-')}-{seed}"
         return run(name, [*words, f"world_seed={seed}", *arms[arm]], runs)
@@ -127,12 +147,34 @@ def drift(seeds: Sequence[int], runs: Path, pool: ThreadPoolExecutor) -> dict[st
     table = {}
     for arm in arms:
         found = [jobs[arm, seed].result() for seed in seeds]
-        table[f"first alarm, {arm}"] = [
-            next((row["step"] for row in rows if row.get("drift/alarm")), math.inf) for rows in found
-        ]
+        table[f"steps to {TARGET}, {arm}"] = [steps_to(rows) for rows in found]
         table[f"10 points lost, {arm}"] = [lost(rows) for rows in found]
         table[f"best Pass@1, {arm}"] = [max(value for _, value in curve(rows)) for rows in found]
         table[f"Pass@1 after 200 steps, {arm}"] = [curve(rows)[-1][1] for rows in found]
+    return table
+
+
+def quarter(world: int, runs: Path) -> tuple[Path, list[Row]]:
+    """A Q-RM after a quarter of the steps."""
+    return reward_model("q_function", world, runs, steps=1000, name=f"reward-q_function-quarter-{world}")
+
+
+def alarm(seeds: Sequence[int], runs: Path, pool: ThreadPoolExecutor) -> dict[str, list[float]]:
+    """In each world and with each of its two Q-RMs a run per seed that is tested after every step."""
+    arms = [(world, steps) for world in (0, 1, 2) for steps in (4000, 1000)]
+
+    def one(world: int, steps: int, seed: int) -> list[Row]:
+        scorer, _ = quarter(world, runs) if steps == 1000 else reward_model("q_function", world, runs)
+        words = [f"reward.model={scorer}", "stage=policy", f"seed={seed}", f"world_seed={world}"]
+        return run(f"alarm-{world}-{steps}-{seed}", [*words, "steps=60", "test_every=1"], runs)
+
+    jobs = {(*arm, seed): pool.submit(one, *arm, seed) for seed in seeds for arm in arms}
+    table = {}
+    for world, steps in arms:
+        found = [jobs[world, steps, seed].result() for seed in seeds]
+        rung = [next((row["step"] for row in rows if row.get("drift/alarm")), math.inf) for rows in found]
+        table[f"world {world}, Q-RM of {steps} steps, alarm"] = rung
+        table[f"world {world}, Q-RM of {steps} steps, 10 points lost"] = [lost(rows) for rows in found]
     return table
 
 
@@ -161,21 +203,51 @@ def regimes(seeds: Sequence[int], runs: Path, pool: ThreadPoolExecutor) -> dict[
         }[reward]
         words += [f"chain.length={length}", f"sampling.max_tokens={length + 4}", f"prompts_per_step={batch}"]
         words += [f"algorithm={algorithm}", "stage=policy", f"seed={seed}", "world_seed=0", "test_prompts=500"]
-        words += ["steps=150", f"target={TARGET}"]
+        words += [f"steps={MOST_STEPS}", f"target={TARGET}"]
         return run(f"regime-{length}-{batch}-{algorithm}-{reward}-{seed}", words, runs)
 
-    arms = [(n, b, a, r) for n in LENGTHS for b in BATCHES for a in ALGORITHMS for r in REWARDS]
-    jobs = {(*arm, seed): pool.submit(one, *arm, seed) for seed in seeds for arm in arms}
-    table = {f"first-error AUC, length {n}": [last(scorers[n].result()[1], "eval/first_error_auc")] for n in LENGTHS}
-    for arm in arms:
-        length, batch, algorithm, reward = arm
-        table[f"length {length}, batch {batch}, {algorithm}, {reward}"] = [
-            steps_to(jobs[(*arm, seed)].result()) for seed in seeds
+    settings = [(n, b, a) for n in LENGTHS for b in BATCHES for a in ALGORITHMS]
+    jobs = {(*x, r, seed): pool.submit(one, *x, r, seed) for seed in seeds for x in settings for r in REWARDS}
+    found = {arm: job.result() for arm, job in jobs.items()}
+    table = {}
+    for length in LENGTHS:
+        table[f"length {length}, first-error AUC"] = [last(scorers[length].result()[1], "eval/first_error_auc")]
+        table[f"length {length}, Pass@1 of the base"] = [
+            curve(found[length, BATCHES[0], ALGORITHMS[0], "exact", seed])[0][1] for seed in seeds
         ]
+    steps = {(*x, r): [steps_to(found[*x, r, seed]) for seed in seeds] for x in settings for r in REWARDS}
+    for setting in settings:
+        where = "length {}, batch {}, {}".format(*setting)
+        table |= {f"{where}, {reward}": steps[*setting, reward] for reward in REWARDS}
+    draw(steps, runs / "regimes.svg")
     return table
 
 
-PARTS = {"credit": credit, "learning": learning, "drift": drift, "regimes": regimes}
+def draw(steps: dict[tuple[int, int, str, str], list[float]], path: Path) -> None:
+    """Median steps to the target over the length, with lowest and highest; at the top edge: in no step taken."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    panels = figure.subplots(len(BATCHES), len(ALGORITHMS), sharex=True, sharey=True)
+    for (batch, algorithm), axes in zip(itertools.product(BATCHES, ALGORITHMS), panels.flat, strict=True):
+        for index, reward in enumerate(REWARDS):
+            found = [[min(n, MOST_STEPS) for n in steps[length, batch, algorithm, reward]] for length in LENGTHS]
+            middle = [statistics.median(seeds) for seeds in found]
+            ends = [[m - min(f), max(f) - m] for m, f in zip(middle, found, strict=True)]
+            # A little apart, so that bars do not hide each other.
+            places = [length * 1.05 ** (index - 1) for length in LENGTHS]
+            axes.errorbar(places, middle, list(zip(*ends, strict=True)), marker="o", capsize=3, label=reward)
+        axes.set(title=f"{algorithm}, batches of {batch}", xscale="log", ylim=(0, MOST_STEPS))
+        axes.set_xticks(LENGTHS, [str(length) for length in LENGTHS], minor=False)
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    panels[0, 0].legend()
+    figure.supxlabel("tokens of a reply")
+    figure.supylabel(f"steps to Pass@1 {TARGET}")
+    figure.savefig(path)
+
+
+PARTS = {"credit": credit, "learning": learning, "forms": forms, "drift": drift, "alarm": alarm, "regimes": regimes}
 
 
 def show(table: dict[str, list[float]]) -> None:

@@ -61,7 +61,7 @@ async def run(cluster: Cluster, config: Config) -> None:
             if config.target is not None and metrics["eval/pass_at_1"] >= config.target:
                 step.stop(f"target: Pass@1 is {metrics['eval/pass_at_1']:.3f}, {config.target:g} was wanted")
             if state.alarm == step.index and config.drift.enforce:
-                step.stop("drift: the policy's scores rise while its accuracy falls: it exploits its reward")
+                step.stop("drift: the policy's accuracy has fallen, its scores have not: it exploits its reward")
 
     cluster.summarize(summary(cluster.metrics(), world, config, state.alarm, cluster.finished()))
     if cast.reward is not None and config.reward.learns:

@@ -78,7 +78,7 @@ class AdvantageConfig(Message):
 
 
 class DriftConfig(Message):
-    """The alarm: the policy's score rises while its accuracy falls (section 4.3)."""
+    """The alarm: the policy's accuracy falls and its score does not (section 4.3)."""
 
     fall: float = Field(default=0.05, gt=0)
     """Fall of Pass@1 below its best that counts."""

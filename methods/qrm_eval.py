@@ -31,6 +31,8 @@ class History(LoopState):
     """Pass@1 of each."""
     score_means: list[float] = []
     """Mean score of the replies in each."""
+    score_errors: list[float] = []
+    """Standard errors of these means."""
     alarm: int = -1
     """Step of the first alarm; -1: none yet."""
 
@@ -128,8 +130,7 @@ async def test_policy(cast: Cast, world: World, config: Config) -> dict[str, flo
         found = await scores_of(cast.reward, await as_replies(read, cast.policy, tokens=cast.reads_tokens))
         by_uid = {one.uid: score.score for one, score in zip(read, found, strict=True)}
         if found:
-            scores = list(by_uid.values())
-            metrics |= {"score/mean": float(np.mean(scores)), "score/std": float(np.std(scores))}
+            metrics |= score_metrics(read, found, config)
         if n > 1:
             verdicts = [[one.right for one in group] for group in groups]
             # What cannot be read is never the best.
@@ -138,12 +139,28 @@ async def test_policy(cast: Cast, world: World, config: Config) -> dict[str, flo
     return metrics
 
 
+def score_metrics(rollouts: Sequence[Rollout], scores: Sequence[ReplyScore], config: Config) -> dict[str, float]:
+    """Scores of replies in what the policy is driven to raise, the mean over tokens if each token has its own credit;
+    and whether they still tell right replies from wrong ones."""
+    own = config.credit == "own"
+    values = np.array([per_token(one).mean() if own else one.score for one in scores])
+    right = np.array([one.right for one in rollouts])
+    return {
+        "score/mean": float(values.mean()),
+        "score/std": float(values.std()),
+        "score/standard_error": float(values.std() / np.sqrt(len(values))),
+        "score/auc": auc(list(values[right]), list(values[~right])),
+    }
+
+
 def watched(history: History, metrics: dict[str, float], step: int, config: Config) -> dict[str, float]:
     """The drift alarm after one more test; it stays on once it has rung."""
     if "score/mean" not in metrics:
         return {}
     history.accuracies = [*history.accuracies, metrics["eval/pass_at_1"]]
     history.score_means = [*history.score_means, metrics["score/mean"]]
-    if history.alarm < 0 and drift_alarm(history.accuracies, history.score_means, config.drift.fall):
+    history.score_errors = [*history.score_errors, metrics["score/standard_error"]]
+    told = drift_alarm(history.accuracies, history.score_means, history.score_errors, config.drift.fall)
+    if told and history.alarm < 0:
         history.alarm = step
     return {"drift/alarm": float(history.alarm >= 0), "drift/best": max(history.accuracies)}

@@ -63,7 +63,7 @@ def summary(rows: Sequence[Mapping[str, float]], world: World, config: Config, a
     notes = [finished] if finished else []
     notes += world.notes
     if alarm >= 0 and not finished:
-        told = "scores had risen while Pass@1 had fallen (drift.enforce=true ends a run there)"
+        told = "Pass@1 had fallen while scores had not (drift.enforce=true ends a run there)"
         notes.append(f"drift: at step {alarm} {told}")
     if not world.test_pairs and config.reward_until:
         notes.append("No pairs were held out.")

@@ -159,22 +159,25 @@ def test_pairwise_accuracy() -> None:
     ],
 )
 def test_drift_alarm(accuracies: list[float], scores: list[float], rings: bool) -> None:
-    assert drift_alarm(accuracies, scores) is rings
+    assert drift_alarm(accuracies, scores, [0.0] * len(scores)) is rings
 
 
 def test_the_alarms_threshold() -> None:
-    assert drift_alarm([0.8, 0.77], [1, 2], fall=0.02)
-    assert not drift_alarm([0.8, 0.7], [1, 2], fall=0.2)
-    with pytest.raises(ValueError, match="score_means: got 1 for 2"):
-        drift_alarm([0.8, 0.7], [1])
+    assert drift_alarm([0.8, 0.77], [1, 2], [0, 0], fall=0.02)
+    assert not drift_alarm([0.8, 0.7], [1, 2], [0, 0], fall=0.2)
+    # A score that fell by less than twice its noise, 2 * sqrt(0.03^2 + 0.04^2) = 0.1, has not fallen.
+    assert drift_alarm([0.8, 0.7], [1, 0.91], [0.03, 0.04])
+    assert not drift_alarm([0.8, 0.7], [1, 0.89], [0.03, 0.04])
+    with pytest.raises(ValueError, match="means, errors: got 1 and 2 for 2"):
+        drift_alarm([0.8, 0.7], [1], [0, 0])
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.floats(-9, 9)), max_size=8))
 def test_the_alarm_needs_a_fall(history: list[tuple[float, float]]) -> None:
-    accuracies, scores = [a for a, _ in history], [s for _, s in history]
-    if drift_alarm(accuracies, scores):
+    accuracies, means = [a for a, _ in history], [s for _, s in history]
+    if drift_alarm(accuracies, means, [0.0] * len(means)):
         assert max(accuracies) - accuracies[-1] > 0.05
-        assert scores[-1] > min(scores)
+        assert means[-1] >= min(means)
 
 
 def test_one_sample_each_has_wilsons_interval() -> None:
