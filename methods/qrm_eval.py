@@ -90,17 +90,17 @@ def span_mean(score: ReplyScore, span: Span) -> float:
 
 async def credit_metrics(cast: Cast, world: World, config: Config) -> dict[str, float]:
     """First-error AUC on fresh replies of the policy: right decisive tokens, before any error, above first errors."""
-    assert cast.reward is not None
+    assert cast.reward is not None and world.chain is not None
     groups = await _replies(cast, world, config, 1, "credit")
     rollouts = [one for group in groups for one in group if cast.reads(one)]
     scores = await scores_of(cast.reward, await as_replies(rollouts, cast.policy, tokens=cast.reads_tokens))
-    exact = world.exact(rollouts)
-    assert exact is not None
+    texts = [(one.task.instruction, one.completion) for one in rollouts]
+    credits = [world.chain.decisive_credit(prompt, done.text, len(done.tokens)) for prompt, done in texts]
     right, wrong = (
         [s.score for s, one in zip(scores, rollouts, strict=True) if one.right == w] for w in (True, False)
     )
     return {
-        "eval/first_error_auc": first_error_auc(exact, [per_token(score) for score in scores]),
+        "eval/first_error_auc": first_error_auc(credits, [per_token(score) for score in scores]),
         "eval/reply_auc": auc(right, wrong),
     }
 

@@ -124,8 +124,8 @@ class ChainWorld:
         reference, tokens = self.reference(prompt), _tokens(reply)
         return next((at for at in self.positions if at < len(tokens) and tokens[at] != reference[at]), None)
 
-    def exact_credit(self, prompt: str, reply: str, length: int | None = None) -> NDArray[np.float64]:
-        """What each token of a reply did for its outcome, float64[T]: the ceiling for any learnt credit.
+    def decisive_credit(self, prompt: str, reply: str, length: int | None = None) -> NDArray[np.float64]:
+        """What each token of a reply did for its outcome at the decisive positions, float64[T].
 
         +1 for a right digit at a decisive position while all before it are right, -1 for the first wrong one, 0 at
         fillers, after the first error, and at the end token. `length`: T, the tokens of the reply, its end token
@@ -137,6 +137,23 @@ class ChainWorld:
         credit_T[[at for at in self.positions if at < min(until, len(credit_T))]] = 1
         if error is not None and error < len(credit_T):
             credit_T[error] = -1
+        return credit_T
+
+    def exact_credit(self, prompt: str, reply: str, length: int | None = None) -> NDArray[np.float64]:
+        """What each token of a reply did for its outcome, float64[T]: the ceiling for any learnt credit.
+
+        As `decisive_credit`; and of replies that are right so far -1 for a token that is no digit, an end before the
+        last digit, or a token after it. Without that a policy learns to end before it can err.
+        """
+        tokens, credit_T = _tokens(reply), self.decisive_credit(prompt, reply, length)
+        strange = [at for at, token in enumerate(tokens) if token not in DIGITS]
+        end = min(len(tokens), self.config.length)
+        # At `end` stands the end token, which is right after the last digit alone, or a token too many.
+        wrong = [*strange, end] if end < self.config.length or len(tokens) > end else strange
+        lost = min(wrong, default=len(credit_T))
+        if lost < len(credit_T) and not (credit_T[:lost] == -1).any():
+            credit_T[lost:] = 0
+            credit_T[lost] = -1
         return credit_T
 
     def _digits(self, prompt: str) -> Digits:

@@ -127,9 +127,23 @@ def test_exact_values() -> None:
         ("91933", 3, [0, 1, 0]),
     ]
     for reply, length, credit in cases:
-        found = world.exact_credit(prompt, reply, length)
+        found = world.decisive_credit(prompt, reply, length)
         assert found.dtype == np.float64
         assert found.tolist() == credit, (reply, length)
+    # What else loses the outcome is blamed by exact credit alone.
+    others: dict[tuple[str, int | None], list[float]] = {
+        ("91", 3): [0, 1, -1],
+        ("", 1): [-1],
+        ("9192", 5): [0, 1, 0, 1, -1],
+        ("9192345", 7): [0, 1, 0, 1, 0, -1, 0],
+        ("=>1933", 6): [-1, 0, 0, 0, 0, 0],
+        ("91=>23", 6): [0, 1, -1, 0, 0, 0],
+    }
+    for (reply, length), credit in others.items():
+        assert world.exact_credit(prompt, reply, length).tolist() == credit, (reply, length)
+    for reply, length, credit in cases:
+        if (reply, length) not in others:
+            assert world.exact_credit(prompt, reply, length).tolist() == credit, (reply, length)
 
 
 @given(PROMPTS, REPLIES)
@@ -148,17 +162,27 @@ def test_fillers_do_not_matter(prompt: str, fillers: str) -> None:
 
 @given(PROMPTS, REPLIES, st.integers(0, 12))
 def test_credit_blames_the_first_error_alone(prompt: str, reply: str, length: int) -> None:
-    credit = WORLD.exact_credit(prompt, reply, length)
-    assert len(credit) == length
-    assert set(credit.tolist()) <= {-1, 0, 1}
-    assert set(np.flatnonzero(credit).tolist()) <= set(WORLD.positions)
-    blamed = np.flatnonzero(credit == -1)
-    assert len(blamed) <= 1
-    if len(blamed):
-        assert int(blamed[0]) == WORLD.first_error(prompt, reply)
-        assert not credit[blamed[0] + 1 :].any()
+    decisive = WORLD.decisive_credit(prompt, reply, length)
+    exact = WORLD.exact_credit(prompt, reply, length)
+    for credit in (decisive, exact):
+        assert len(credit) == length
+        assert set(credit.tolist()) <= {-1, 0, 1}
+        assert set(np.flatnonzero(credit == 1).tolist()) <= set(WORLD.positions)
+        blamed = np.flatnonzero(credit == -1)
+        assert len(blamed) <= 1
+        if len(blamed):
+            assert not credit[blamed[0] + 1 :].any()
+    if (decisive == -1).any():
+        assert np.flatnonzero(decisive == -1)[0] == WORLD.first_error(prompt, reply)
     if WORLD.is_right(prompt, reply) and length > 6:
-        assert credit.sum() == len(WORLD.positions)
+        assert decisive.sum() == exact.sum() == len(WORLD.positions)
+
+
+@given(PROMPTS, REPLIES)
+def test_an_ended_reply_is_right_or_has_a_token_to_blame(prompt: str, reply: str) -> None:
+    tokens = len(reply.replace("=>", "="))
+    blamed = (WORLD.exact_credit(prompt, reply, tokens + 1) == -1).any()
+    assert blamed != WORLD.is_right(prompt, reply)
 
 
 @pytest.mark.parametrize("prompt", ["", "123", "1234567=>", "12345x=>", "123456=>=>", "１２３４５６=>"])
