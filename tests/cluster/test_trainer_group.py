@@ -134,10 +134,11 @@ async def test_callers_of_two_ranks_take_turns_and_a_step_needs_a_gradient(
     several[3].cancel()
     await asyncio.wait(several)
     done = sum(not call.cancelled() for call in several)
-    loss = (await two.optim_step(OptimStepRequest())).grad_norm
-    for _ in range(done):
-        await one.forward_backward(request)
-    assert loss == pytest.approx((await one.optim_step(OptimStepRequest())).grad_norm, rel=1e-4)
+    norm = (await two.optim_step(OptimStepRequest())).grad_norm
+    await one.forward_backward(request)
+    single = (await one.optim_step(OptimStepRequest())).grad_norm
+    # The call that was cancelled ran on both ranks or on neither.
+    assert norm / single in (pytest.approx(done, rel=1e-4), pytest.approx(done + 1, rel=1e-4))
 
 
 @pytest.mark.parametrize("group", ["zero-2", "zero-3"])
