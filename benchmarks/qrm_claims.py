@@ -131,6 +131,7 @@ def drift(seeds: Sequence[int], runs: Path, pool: ThreadPoolExecutor) -> dict[st
     arms = {
         "q_function": [],
         "q_function, no baseline": ["advantage.baseline_weight=0"],
+        "q_function, KL": ["ppo.kl_coef=0.1"],
         "q_function, a quarter of its steps": [],
         "implicit": [],
         "implicit, no baseline": ["advantage.baseline_weight=0"],
@@ -273,7 +274,7 @@ def draw(curves: Mapping[Arm, Sequence[Sequence[float]]], path: Path) -> None:
         axes.set_xticks(LENGTHS, [str(length) for length in LENGTHS], minor=False)
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    panels[0, 0].legend()
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     figure.supxlabel("tokens of a reply")
     figure.supylabel("Pass@1 after 60 steps")
     figure.savefig(path)
