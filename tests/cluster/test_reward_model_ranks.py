@@ -70,7 +70,10 @@ async def scores(reward_model: RewardModelService) -> np.ndarray:
     return np.concatenate([one.tokens.array for one in answered.scores if one.tokens is not None])
 
 
-@pytest.mark.parametrize(("kind", "group"), [("q_function", "zero-3"), ("implicit", "zero-2")])
+@pytest.mark.parametrize(
+    ("kind", "group"),
+    [("q_function", "torch"), ("q_function", "zero-2"), ("q_function", "zero-3"), ("implicit", "zero-2")],
+)
 async def test_two_ranks_are_as_one(
     kind: str, group: str, model: str, inline: Cluster, on_ray: Cluster, tmp_path: Path
 ) -> None:

@@ -138,7 +138,7 @@ async def test_callers_of_two_ranks_take_turns_and_a_step_needs_a_gradient(
     await one.forward_backward(request)
     single = (await one.optim_step(OptimStepRequest())).grad_norm
     # The call that was cancelled ran on both ranks or on neither.
-    assert norm / single in (pytest.approx(done, rel=1e-4), pytest.approx(done + 1, rel=1e-4))
+    assert norm / single in [pytest.approx(ran, rel=1e-4) for ran in range(done, len(several) + 1)]
 
 
 @pytest.mark.parametrize("group", ["zero-2", "zero-3"])

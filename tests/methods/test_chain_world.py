@@ -172,6 +172,7 @@ def test_credit_blames_the_first_error_alone(prompt: str, reply: str, length: in
         assert len(blamed) <= 1
         if len(blamed):
             assert not credit[blamed[0] + 1 :].any()
+    assert set(np.flatnonzero(decisive).tolist()) <= set(WORLD.positions)
     if (decisive == -1).any():
         assert np.flatnonzero(decisive == -1)[0] == WORLD.first_error(prompt, reply)
     if WORLD.is_right(prompt, reply) and length > 6:

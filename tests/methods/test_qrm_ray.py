@@ -33,5 +33,5 @@ async def test_the_same_numbers_on_ray_and_ranks(tmp_path: Path) -> None:
     here, there = await rows(tmp_path, "here"), await rows(tmp_path, "ranks", *RANKS)
     assert len(there) == len(here) > 6
     for one, other in zip(here, there, strict=True):
-        # Ranks add up in another order; all else is the same to the last bit.
+        # Ranks add up in another order.
         assert other == pytest.approx(one, rel=1e-4)
