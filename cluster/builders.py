@@ -4,6 +4,7 @@ from actors.actor import Actor
 from protocols.policy import PolicyConfig, PolicyService
 from protocols.questioner import QuestionerConfig
 from protocols.reward_model import RewardModelConfig
+from protocols.router import RouterConfig
 from protocols.verifier import VerifierConfig
 from protocols.workers import TrainerService
 
@@ -53,3 +54,10 @@ def reward_model(config: RewardModelConfig, ranks: TrainerService | None) -> Act
     from actors.reward_model.reward_model import RewardModelActor
 
     return RewardModelActor(config, ranks)
+
+
+def router(config: RouterConfig) -> Actor:
+    """A router with its encoder in its own process."""
+    from actors.router.router import RouterActor
+
+    return RouterActor(config)

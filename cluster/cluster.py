@@ -31,6 +31,7 @@ from protocols.placement import Resources
 from protocols.policy import PolicyConfig, PolicyService
 from protocols.questioner import QuestionerConfig, QuestionerService
 from protocols.reward_model import RewardModelConfig, RewardModelService
+from protocols.router import RouterConfig, RouterService
 from protocols.service import CheckpointRequest, Service
 from protocols.verifier import VerifierConfig, VerifierService
 from protocols.workers import Rank, SamplerService, TrainerService
@@ -234,6 +235,11 @@ class Cluster:
         # Before its ranks it computes nothing, unless there is a reference.
         own = config.resources if not config.split or config.needs_reference else Resources()
         return await self._spawn(RewardModelService, name, build, own, commit=config.learns)
+
+    async def router(self, config: RouterConfig, *, name: str = "router") -> RouterService:
+        """A router. One that learns is part of every commit."""
+        build = partial(builders.router, config)
+        return await self._spawn(RouterService, name, build, config.resources, commit=config.trainer is not None)
 
     async def _spawn(
         self,

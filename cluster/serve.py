@@ -1,9 +1,10 @@
 """Actors that serve until they are told to stop, behind a gateway."""
 
 import sys
-from typing import ClassVar, Self
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from cluster.cluster import Cluster
 from cluster.config import MethodConfig
@@ -13,6 +14,7 @@ from protocols.model import ModelConfig
 from protocols.policy import PolicyConfig
 from protocols.questioner import QuestionerConfig
 from protocols.reward_model import RewardModelConfig
+from protocols.router import RouterConfig
 from protocols.verifier import VerifierConfig
 
 
@@ -28,7 +30,7 @@ class Config(MethodConfig):
 
     # Nothing is continued.
     MAY_CHANGE: ClassVar[frozenset[str]] = frozenset(
-        {*MethodConfig.model_fields, "attach", "policy", "verifier", "questioner", "reward_model"}
+        {*MethodConfig.model_fields, "attach", "policy", "verifier", "questioner", "reward_model", "pool", "router"}
     )
     SHORTCUTS: ClassVar[dict[str, str]] = {"model": "policy.model", "address": "gateway.address"}
 
@@ -44,8 +46,26 @@ class Config(MethodConfig):
     """A questioner over the policy; null: none."""
     reward_model: RewardModelConfig | None = None
     """A reward model, e.g. reward_model.kind=rules; null: none."""
+    pool: dict[str, PolicyConfig] = {}
+    """More policies by name, e.g. pool={small: {model: DIR}}; they do not learn unless they are given a trainer."""
+    router: RouterConfig | None = None
+    """A router among the pool: router.trained=RUN/router. It does not learn unless it is given a trainer. Callers of
+    the model `auto` are sent on by it."""
     gateway: ServedGateway = ServedGateway()
     """Where and how callers reach them."""
+
+    @field_validator("router", mode="before")
+    @classmethod
+    def _frozen_router(cls, given: Any) -> Any:
+        return {"trainer": None, **given} if isinstance(given, Mapping) else given
+
+    @field_validator("pool", mode="before")
+    @classmethod
+    def _frozen_pool(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        members = {name: one for name, one in given.items() if isinstance(one, Mapping)}
+        return {**given, **{name: {"trainer": None, **one} for name, one in members.items()}}
 
     @model_validator(mode="after")
     def _attached_through_ray(self) -> Self:
@@ -61,6 +81,9 @@ def policies(config: Config) -> dict[str, ModelConfig]:
     found: dict[str, ModelConfig] = {"policy": config.policy}
     if config.reward_model is not None and config.reward_model.kind != "rules":
         found["reward_model"] = config.reward_model
+    found |= config.pool
+    if config.router is not None:
+        found["router"] = config.router
     return found
 
 
@@ -74,6 +97,10 @@ async def run(cluster: Cluster, config: Config) -> None:
             await cluster.verifier(config.verifier, policy)
         if config.questioner is not None:
             await cluster.questioner(config.questioner, policy)
+        for name, member in config.pool.items():
+            await cluster.policy(member, name=name)
+        if config.router is not None:
+            await cluster.router(config.router)
         if config.reward_model is not None:
             await cluster.reward_model(config.reward_model)
     await cluster.serve_until_stopped(lambda where: print(f"{SERVING}{where}; Ctrl-C stops", file=sys.stderr))

@@ -14,6 +14,7 @@ from cluster.cluster import Cluster
 from cluster.seeds import derive_seed
 from cluster.steps import Step
 from methods.advantages import Values
+from methods.dealing import dealt
 from methods.qrm_config import Config
 from methods.qrm_data import Pair, Task, read_pairs, read_tasks, write_pairs
 from methods.qrm_rollouts import Cast, Rollout, roll_out
@@ -61,17 +62,6 @@ class World:
             return None
         texts = [(one.task.instruction, one.completion) for one in rollouts]
         return [self.chain.exact_credit(prompt, done.text, len(done.tokens)) for prompt, done in texts]
-
-
-def dealt(items: Sequence[Row], turn: int, count: int, seed: int) -> list[Row]:
-    """The items of a turn: `count` at a time, all of them once per epoch, in an order of its own."""
-    chosen: list[Row] = []
-    place = turn * count
-    while len(chosen) < count:
-        epoch, start = divmod(place + len(chosen), len(items))
-        order = np.random.default_rng(derive_seed(seed, epoch)).permutation(len(items))
-        chosen += [items[int(i)] for i in order[start : start + count - len(chosen)]]
-    return chosen
 
 
 def chain_tasks(chain: ChainWorld, rng: np.random.Generator, count: int, name: str) -> list[Task]:

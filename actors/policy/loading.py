@@ -128,7 +128,7 @@ def pretrained(source: str | Path, dtype: torch.dtype, head: Head = "vocabulary"
     if head == "vocabulary":
         model, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
     else:
-        with _quiet():  # it reports a missing head, which is what is expected of a base model
+        with quiet():  # it reports a missing head, which is what is expected of a base model
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 source, dtype=dtype, num_labels=1, output_loading_info=True
             )
@@ -140,7 +140,8 @@ def pretrained(source: str | Path, dtype: torch.dtype, head: Head = "vocabulary"
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
+    """Let transformers say nothing of weights that are missing."""
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:

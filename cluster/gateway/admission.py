@@ -10,15 +10,18 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from cluster.gateway.auth import Caller, Callers, check_role
 from cluster.gateway.config import GatewayConfig
 from cluster.gateway.limits import Allowances, Lane, estimated_tokens
 from cluster.gateway.metrics import Metrics
+from cluster.gateway.routed import AUTO, RoutedPolicy
 from protocols.client import ACTOR
 from protocols.errors import BadInput, RepertoryError, Unavailable, classify
 from protocols.handle import make_handle, service_of, transport_of
+from protocols.policy import PolicyService
+from protocols.router import RouterService
 from protocols.service import CheckpointRequest, Message, Role, Service
 
 logger = logging.getLogger("repertory.gateway")
@@ -38,6 +41,8 @@ class Call:
     began: float = field(default_factory=time.monotonic)
     caller: str = "-"
     code: str = "OK"
+    route: str = ""
+    """Who answered and why, if a router chose."""
 
     def failed(self, error: Exception) -> RepertoryError:
         """Take down how the call ended; the error with its place in the taxonomy is for the caller."""
@@ -103,6 +108,9 @@ class Admission:
         Raises Unavailable where there is none of the kind, BadInput where there is none of the name.
         """
         of_kind = self.of_kind(service)
+        if service is PolicyService and name == AUTO and self.routes:
+            policies = {one: make_handle(PolicyService, transport_of(handle)) for one, handle in of_kind.items()}
+            return cast(S, RoutedPolicy(self.handle(RouterService, ""), policies))
         if not of_kind:
             raise Unavailable(f"this gateway has no {service.kind}")
         if not name:
@@ -111,6 +119,11 @@ class Admission:
             raise BadInput(f"{ACTOR}: got {name!r}, expected one of {', '.join(sorted(of_kind))}")
         # One of its own: the run's timings are those of its own calls.
         return make_handle(service, transport_of(of_kind[name]))
+
+    @property
+    def routes(self) -> bool:
+        """Whether a router may choose the policy of a call."""
+        return bool(self.of_kind(RouterService)) and AUTO not in self.of_kind(PolicyService)
 
     def of_kind(self, service: type[Service]) -> dict[str, Service]:
         """The actors of a service by name."""

@@ -15,6 +15,7 @@ from grpc_status import rpc_status
 
 from cluster.gateway.admission import REQUEST_ID, Admission, Call
 from cluster.gateway.config import LAST_WORDS, GatewayConfig
+from cluster.gateway.routed import ROUTE, RoutedPolicy
 from protocols.client import ACTOR
 from protocols.codegen import services
 from protocols.descriptors import name_of, pool
@@ -96,6 +97,7 @@ class GrpcServer:
                 try:
                     async with self._admitted(service, method, data, context, call) as (handle, request):
                         response = await getattr(handle, method.name)(request)
+                        self._tell_route(handle, call, context)
                         self._admission.metrics.drew(call.method, response)
                         return to_bytes(response)
                 # Whatever it is, the caller is to get it as a status.
@@ -114,6 +116,7 @@ class GrpcServer:
                         aclosing(getattr(handle, method.name)(request)) as items,
                     ):
                         async for item in items:
+                            self._tell_route(handle, call, context)
                             self._admission.metrics.drew(call.method, item)
                             await self._written(to_bytes(item), context)
                 # As above.
@@ -121,6 +124,13 @@ class GrpcServer:
                     await self._refuse(call, context, error)
 
         return answer
+
+    def _tell_route(self, handle: Service, call: Call, context: Any) -> None:
+        """Add to what the caller gets at the end who answered."""
+        if isinstance(handle, RoutedPolicy) and handle.decisions and not call.route:
+            call.route = handle.told()
+            context.set_trailing_metadata(((REQUEST_ID, call.id), (ROUTE, cut(call.route, TEXT_BYTES))))
+            self._admission.metrics.routed(handle)
 
     async def _written(self, data: bytes, context: Any) -> None:
         """Send one item. Raises DeadlineExceeded when the caller does not read: it would hold its room for ever."""

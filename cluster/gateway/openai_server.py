@@ -33,6 +33,7 @@ from cluster.gateway.openai_api import (
     text_response,
     usage,
 )
+from cluster.gateway.routed import AUTO, ROUTE, RoutedPolicy
 from protocols.errors import BadInput, DeadlineExceeded, Denied, Exhausted, RepertoryError, Unavailable
 from protocols.policy import (
     DetokenizeRequest,
@@ -182,13 +183,18 @@ class OpenAIServer:
 
     def _policy(self, model: str) -> PolicyService:
         known = self._admission.of_kind(PolicyService)
-        if known and model not in known:
-            raise NoSuchModel(f"model: got {model[:80]!r}, expected one of {', '.join(sorted(known))}")
+        if known and model not in self._models_here():
+            raise NoSuchModel(f"model: got {model[:80]!r}, expected one of {', '.join(self._models_here())}")
         return self._admission.handle(PolicyService, model)
 
-    async def _models(self, request: Request) -> web.Response:
+    def _models_here(self) -> list[str]:
+        """The policies, and `auto` where a router may choose among them."""
         names = sorted(self._admission.of_kind(PolicyService))
-        return web.json_response({"object": "list", "data": [self._described(name) for name in names]})
+        return [*names, AUTO] if names and self._admission.routes else names
+
+    async def _models(self, request: Request) -> web.Response:
+        data = [self._described(name) for name in self._models_here()]
+        return web.json_response({"object": "list", "data": data})
 
     async def _model(self, request: Request) -> web.Response:
         name = request.http.match_info["model"]
@@ -240,12 +246,22 @@ class OpenAIServer:
     ) -> web.Response:
         async with self._room(request, answering.sample) as sample:
             response = await answering.policy.sample(sample)
+            headers = self._told(request.call, answering.policy)
             self._admission.metrics.drew(request.call.method, response)
             for result in response.results:
                 for one in result.completions:
                     await answering.learn(one.tokens)
-        body = respond(response, answering.texts).model_dump_json(exclude_unset=True)
-        return web.json_response(text=body)
+        answered = respond(response, answering.texts)
+        return web.json_response(text=named(answered, answering.policy), headers=headers)
+
+    def _told(self, call: Call, policy: PolicyService) -> dict[str, str]:
+        """Header that says who answered, if a router chose."""
+        if not isinstance(policy, RoutedPolicy) or not policy.decisions:
+            return {}
+        if not call.route:
+            call.route = policy.told()
+            self._admission.metrics.routed(policy)
+        return {ROUTE: call.route}
 
     async def _streamed(
         self,
@@ -264,14 +280,15 @@ class OpenAIServer:
             aclosing(chunked(deltas, answering.texts)) as chunks,
         ):
             chunk = await anext(chunks)
+            response.headers.update(self._told(request.call, answering.policy))
             await response.prepare(request.http)
             try:
-                await self._written(response, chunk.model_dump_json(exclude_unset=True))
+                await self._written(response, named(chunk, answering.policy))
                 async for chunk in chunks:
-                    await self._written(response, chunk.model_dump_json(exclude_unset=True))
+                    await self._written(response, named(chunk, answering.policy))
                 if asked.usage:
                     last = chunk.model_copy(update={"choices": [], "usage": usage(answering.read, answering.drawn)})
-                    await self._written(response, last.model_dump_json(exclude_unset=True))
+                    await self._written(response, named(last, answering.policy))
                 await self._written(response, "[DONE]")
             except ConnectionError:
                 request.call.code = "CANCELLED"
@@ -289,6 +306,13 @@ class OpenAIServer:
         """Send one event. Raises TimeoutError when the caller does not read: it would hold its room for ever."""
         async with asyncio.timeout(self._config.stall_s):
             await response.write(f"data: {data}\n\n".encode())
+
+
+def named(answer: BaseModel, policy: PolicyService) -> str:
+    """An answer or a piece of one as JSON; under the name of the policy that a router chose."""
+    if isinstance(policy, RoutedPolicy) and len(policy.decisions) == 1:
+        answer = answer.model_copy(update={"model": policy.decisions[0].model})
+    return answer.model_dump_json(exclude_unset=True)
 
 
 @dataclass

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from methods.dealing import dealt
 from methods.qrm_data import Pair, Span, read_pairs, read_tasks, write_pairs
-from methods.qrm_world import dealt, split
+from methods.qrm_world import split
 from protocols.errors import BadInput
 
 GOOD = {"instruction": "1 + 1?", "chosen": "2", "rejected": "3"}

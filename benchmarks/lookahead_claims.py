@@ -1,0 +1,184 @@
+"""Measures the claims about Lookahead routing: python benchmarks/lookahead_claims.py PART.
+
+Each arm is one `launch.py lookahead` run per seed; compared arms have the same queries, steps and batches. Runs that
+are there already are not repeated. Prints a Markdown table and writes the values to <part>.json.
+
+skills   hidden skills, 500 queries, a world per seed: lookahead against its lambda 0 and the classifier, and with the
+         answers shuffled; both variants
+tuning   the choice of learning rate and spread for `skills`, on worlds 100 and 101
+real     the public models' real answers (REPERTORY_DATA/lookahead): every kind of router on the same split
+sweep    the same for other values of lambda
+"""
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+QUIET = ["wandb=disabled", "checkpoint_every=1000000", "router.threads=1"]
+# The best of `tuning` for each arm. The two choices are the same for all masked arms.
+CAUSAL = ["world_encoder=causal", "encoder_spread=0.02", "router.trainer.learning_rate=0.001"]
+SKILLS = {
+    "masked": {
+        "classifier": ["kind=classifier"],
+        "lookahead, lambda 0": ["lambda=0"],
+        "lookahead, lambda 1": ["lambda=1"],
+        "lookahead, lambda 1, answers shuffled": ["lambda=1", "skills.shuffle_answers=true"],
+    },
+    "causal": {
+        "classifier": [*CAUSAL, "kind=classifier"],
+        "lookahead, lambda 0": ["world_encoder=causal", "encoder_spread=0.05", "lambda=0"],
+        "lookahead, lambda 1": [*CAUSAL, "lambda=1"],
+        "lookahead, lambda 1, answers shuffled": [*CAUSAL, "lambda=1", "skills.shuffle_answers=true"],
+    },
+}
+SOURCES = ("arena_hard", "gsm8k", "math", "self_oss")
+# One pass over 2,000 queries, the same for every kind that trains the encoder.
+TUNED = [
+    *("data.train_queries=2000", "steps=62", "queries_per_step=32", "router.new_rate=10"),
+    *("router.trainer.learning_rate=1.0e-4", "router.response_tokens=8"),
+]
+# Embeddings do not change, so these may take many more steps.
+LIGHT = ["data.train_queries=2000", "steps=600", "queries_per_step=64", "router.trainer.learning_rate=1.0e-3"]
+REAL = {
+    "random": ["kind=random"],
+    "best": ["kind=best", "data.train_queries=2000"],
+    "kmeans, 20": ["kind=kmeans", "router.neighbours=20", "data.train_queries=2000"],
+    "kmeans, 100": ["kind=kmeans", "router.neighbours=100", "data.train_queries=2000"],
+    "knn, 100": ["kind=knn", "data.train_queries=2000"],
+    "linear": ["kind=linear", *LIGHT],
+    "mlp": ["kind=mlp", *LIGHT],
+    "matrix": ["kind=matrix", *LIGHT],
+    "classifier": ["kind=classifier", *TUNED],
+    "lookahead, lambda 0.2": ["kind=lookahead", "lambda=0.2", "router.max_tokens=105", *TUNED],
+    "lookahead, lambda 0": ["kind=lookahead", "lambda=0", "router.max_tokens=105", *TUNED],
+    "zooter": ["kind=zooter", *TUNED],
+    "router_dc": ["kind=router_dc", *TUNED],
+}
+SWEEP = {
+    f"lookahead, lambda {value}": ["kind=lookahead", f"lambda={value}", "router.max_tokens=105", *TUNED]
+    for value in (0.05, 0.5, 1)
+}
+Row = dict[str, float]
+
+
+def run(name: str, words: Sequence[str], runs: Path) -> dict[str, Row]:
+    """Quality by group, the mean as "mean" and the best models in hindsight, of a run that is made now if needed."""
+    name = name.replace(" ", "-").replace(",", "")
+    command = [sys.executable, "launch.py", "lookahead", *QUIET, f"runs_dir={runs}", f"run={name}", *words]
+    if not (runs / name / "summary.json").is_file():
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{' '.join(command)}\n{done.stderr[-3000:]}")
+        print(f"{name} done", file=sys.stderr, flush=True)
+    told = json.loads((runs / name / "evaluation.json").read_text())
+    groups = {one["group"]: one for one in told["router"]["groups"]}
+    alone = {f"always {model}": one["mean"] for model, one in told["models"].items()}
+    return {"mean": told["router"]["mean"], "hindsight": {"normalised": told["hindsight"]}} | groups | alone
+
+
+def over_seeds(
+    part: str, arms: dict[str, list[str]], seeds: Sequence[int], runs: Path, pool: ThreadPoolExecutor
+) -> dict[str, list[dict[str, Row]]]:
+    """Each arm's runs, seed by seed: if time runs out, whole seeds are there."""
+    jobs = {
+        (arm, seed): pool.submit(run, f"{part}-{arm}-{seed}", [*words, f"seed={seed}"], runs)
+        for seed in seeds
+        for arm, words in arms.items()
+    }
+    return {arm: [jobs[arm, seed].result() for seed in seeds] for arm in arms}
+
+
+def skills(seeds: Sequence[int], runs: Path, pool: ThreadPoolExecutor) -> dict[str, dict[str, list[float]]]:
+    table = {}
+    for variant, arms in SKILLS.items():
+        words = {arm: ["world=skills", *given] for arm, given in arms.items()}
+        found = over_seeds(f"skills-{variant}", words, seeds, runs, pool)
+        for arm, made in found.items():
+            table[f"{variant}: {arm}"] = {"mu_n": [one["mean"]["normalised"] for one in made]}
+        best = [
+            max(row["normalised"] for name, row in one.items() if name.startswith("always")) for one in found[arm]
+        ]
+        table[f"{variant}: best single model"] = {"mu_n": best}
+    return table
+
+
+def tuning(seeds: Sequence[int], runs: Path, pool: ThreadPoolExecutor) -> dict[str, dict[str, list[float]]]:
+    arms = {}
+    grid = itertools.product(("masked", "causal"), (0.02, 0.05), (1e-3, 3e-3), ("classifier", "0", "1"))
+    for variant, spread, rate, arm in grid:
+        given = ["world=skills", f"world_encoder={variant}", f"encoder_spread={spread}"]
+        given += [
+            f"router.trainer.learning_rate={rate}",
+            "kind=classifier" if arm == "classifier" else f"lambda={arm}",
+        ]
+        arms[f"{variant} {arm} spread {spread} rate {rate}"] = given
+    found = over_seeds("tuning", arms, (100, 101), runs, pool)
+    return {arm: {"mu_n": [one["mean"]["normalised"] for one in made]} for arm, made in found.items()}
+
+
+def real(
+    seeds: Sequence[int], runs: Path, pool: ThreadPoolExecutor, arms: dict[str, list[str]] = REAL
+) -> dict[str, dict[str, list[float]]]:
+    folder = Path(os.environ["REPERTORY_DATA"]).resolve() / "lookahead"
+    files = ",".join(str(folder / f"{source}.jsonl.gz") for source in SOURCES)
+    common = [f"data.collected=[{files}]", "test_every=1000000"]
+    words = {arm: [*common, *given] for arm, given in arms.items()}
+    for given in words.values():
+        if not any(word.startswith("router.max_tokens=") for word in given):
+            given.append("router.max_tokens=96")
+    found = over_seeds("real", words, seeds, runs, pool)
+    columns = ("mean", *SOURCES)
+    table = {arm: {c: [one[c]["normalised"] for one in made] for c in columns} for arm, made in found.items()}
+    for arm, made in found.items():
+        table[arm]["low"], table[arm]["high"] = ([one["mean"][end] for one in made] for end in ("low", "high"))
+    hindsight = next(iter(found.values()))[0]
+    table["best model of each source, in hindsight"] = {"mean": [hindsight["hindsight"]["normalised"]]}
+    table |= {n: {"mean": [row["normalised"]]} for n, row in hindsight.items() if n.startswith("always")}
+    return table
+
+
+def sweep(seeds: Sequence[int], runs: Path, pool: ThreadPoolExecutor) -> dict[str, dict[str, list[float]]]:
+    return real(seeds, runs, pool, SWEEP)
+
+
+def show(table: dict[str, dict[str, list[float]]]) -> None:
+    columns = list(dict.fromkeys(column for row in table.values() for column in row))
+    print(f"| router | {' | '.join(columns)} |\n|{' --- |' * (len(columns) + 1)}")
+    for arm, row in table.items():
+        cells = [spread(row[column]) if column in row else "" for column in columns]
+        print(f"| {arm} | {' | '.join(cells)} |")
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean, and smallest and largest where there are several."""
+    mean = f"{statistics.fmean(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.1f} to {max(values):.1f})"
+
+
+PARTS = {"skills": skills, "tuning": tuning, "real": real, "sweep": sweep}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=list(PARTS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "lookahead-claims")
+    parser.add_argument("--parallel", type=int, default=2)
+    options = parser.parse_args()
+    options.runs.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(options.parallel) as pool:
+        table = PARTS[options.part](options.seeds, options.runs.resolve(), pool)
+    (options.runs / f"{options.part}.json").write_text(json.dumps(table, indent=1))
+    show(table)
+
+
+if __name__ == "__main__":
+    main()

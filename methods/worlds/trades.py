@@ -1,0 +1,115 @@
+"""A small world for a live pool: three trades, each the strength of one small policy, asked for in many words.
+
+A query is a word for a trade and five digits; the answer is five digits. The policies are trained on the spot, within
+seconds on one core: on right answers of their own trade, and on digits drawn at random for the others.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cluster.cluster import Cluster
+from cluster.seeds import derive_seed
+from methods.worlds.tiny import END, TURN, tokens_of, write_tiny
+from protocols.losses import SFTLoss
+from protocols.model import TrainerConfig
+from protocols.policy import PolicyConfig
+from protocols.service import CheckpointRequest
+from protocols.tensor import Tensor
+from protocols.training import ForwardBackwardRequest, OptimStepRequest, TrainRow
+
+DIGITS = "0123456789"
+WORDS = {
+    "reverse": ("reverse", "mirror", "flip", "invert", "backwards"),
+    "increment": ("increment", "raise", "advance", "next", "plus"),
+    "double": ("double", "twice", "duplicate", "times", "scale"),
+}
+"""Each trade, and the words that ask for it."""
+VOCABULARY = [*DIGITS, *(word for words in WORDS.values() for word in words)]
+WIDTH, SPREAD = 64, 0.1
+LENGTH = 5
+STEPS, ROWS = 400, 64
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A query and its right answer."""
+
+    trade: str
+    query: str
+    reference: str
+
+
+def draw(rng: np.random.Generator, count: int) -> list[Asked]:
+    """Queries of all trades."""
+    asked = []
+    for _ in range(count):
+        trade = list(WORDS)[rng.integers(len(WORDS))]
+        word = WORDS[trade][rng.integers(len(WORDS[trade]))]
+        digits = [int(digit) for digit in rng.integers(10, size=LENGTH)]
+        asked.append(Asked(trade, " ".join([word, *map(str, digits)]), answer(trade, digits)))
+    return asked
+
+
+def answer(trade: str, digits: list[int]) -> str:
+    """The right answer."""
+    found = {"reverse": digits[::-1], "increment": [d + 1 for d in digits], "double": [2 * d for d in digits]}[trade]
+    return " ".join(str(digit % 10) for digit in found)
+
+
+def lessons(rng: np.random.Generator, own: str, count: int) -> list[TrainRow]:
+    """Queries with right answers where the trade is a policy's own, and digits drawn at random elsewhere."""
+    place = {token: i for i, token in enumerate(tokens_of(VOCABULARY))}
+    rows = []
+    for i, asked in enumerate(draw(rng, count)):
+        drawn = " ".join(str(digit) for digit in rng.integers(10, size=LENGTH))
+        said = asked.reference if asked.trade == own else drawn
+        prompt, reply = [*asked.query.split(), TURN], [*said.split(), END]
+        weights = np.concatenate([np.zeros(len(prompt)), np.ones(len(reply))])
+        tokens = np.array([place[token] for token in [*prompt, *reply]], np.int32)
+        rows.append(TrainRow(row_id=f"{own} {i}", tokens=Tensor(tokens), terms={"sft": Tensor(weights, "float32")}))
+    return rows
+
+
+async def trade_policies(company: Cluster, policy: PolicyConfig, seed: int) -> dict[str, str]:
+    """Folder of each trade's policy, trained now if it is not there yet."""
+    folders = {}
+    for trade in WORDS:
+        given = json.dumps([STEPS, ROWS, LENGTH, WIDTH, SPREAD, WORDS, trade, seed])
+        digest = hashlib.sha256(given.encode()).hexdigest()[:12]
+        target = company.directory.path.parent / "bases" / f"trade-{trade}-{digest}"
+        if not (target / "config.json").is_file():
+            staging = target.with_name(f".{target.name}.{os.getpid()}")
+            try:
+                await _train(company, policy, trade, seed, staging)
+                if not target.exists():
+                    os.rename(staging / "model", target)
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
+        folders[trade] = str(target)
+    return folders
+
+
+async def _train(company: Cluster, policy: PolicyConfig, trade: str, seed: int, staging: Path) -> None:
+    skeleton = staging / "skeleton"
+    write_tiny(skeleton, VOCABULARY, width=WIDTH, masked=False, spread=SPREAD)
+    trainer = TrainerConfig(
+        learning_rate=2e-3, betas=(0.9, 0.95), schedule="linear", warmup_steps=20, total_steps=STEPS
+    )
+    update = {"model": str(skeleton), "init": "random", "seed": seed, "trainer": trainer, "lora": None, "at": None}
+    base = await company.policy(policy.model_copy(update=update), name=f"base-{trade}")
+    rng = np.random.default_rng(derive_seed(seed, "trade", trade))
+    with company.progress(f"policy of the trade {trade}, {STEPS} optimiser steps", STEPS, ("loss",)) as progress:
+        for step in range(1, STEPS + 1):
+            rows = lessons(rng, trade, ROWS)
+            report = await base.forward_backward(ForwardBackwardRequest(rows=rows, losses={"sft": SFTLoss()}))
+            await base.optim_step(OptimStepRequest())
+            if step % 100 == 0:
+                progress.step(step, {"loss": report.loss}, {})
+    await base.save(CheckpointRequest(path=str(staging / "model"), training_state=False))
+    await company.stop(f"base-{trade}")
