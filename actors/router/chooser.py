@@ -16,7 +16,7 @@ from protocols.service import Message
 
 ABOUT = "router.json"
 ENCODER = "encoder"
-STATE = {"version", "kept"}
+STATE = {"version", "kept", "fresh"}
 """Fields of About that are no configuration."""
 
 
@@ -45,6 +45,8 @@ class About(Message):
     """Weight version, or rows that are remembered."""
     kept: list[str] = []
     """Candidates that were not to change, where only new ones were trained."""
+    fresh: list[str] = []
+    """Weights of the encoder that did not come with it."""
 
 
 @dataclass(frozen=True)
@@ -114,8 +116,11 @@ class Chooser(ABC):
         if self.backbone is not None:
             self.backbone.model.save_pretrained(folder / ENCODER)
             self.backbone.tokenizer.save_pretrained(folder / ENCODER)
+        fresh = sorted(self.backbone.fresh) if self.backbone else []
         given = {name: getattr(self.config, name) for name in About.model_fields if name not in STATE}
-        (folder / ABOUT).write_text(About(**given, version=self.version, kept=self.kept).model_dump_json(indent=1))
+        (folder / ABOUT).write_text(
+            About(**given, version=self.version, kept=self.kept, fresh=fresh).model_dump_json(indent=1)
+        )
 
 
 def read_about(folder: Path) -> About:
@@ -136,7 +141,7 @@ def open_chooser(config: RouterConfig) -> Chooser:
         config = _continued(config, about)
     if len(config.candidates) < 2:
         raise BadInput(f"candidates: got {len(config.candidates)}, expected at least two models to choose from")
-    chooser = _new(config, about is not None)
+    chooser = _new(config, about)
     if about is not None:
         chooser.read(Path(config.trained).expanduser(), about, False)
     return chooser
@@ -146,7 +151,7 @@ def reopened(config: RouterConfig, folder: Path, training_state: bool) -> Choose
     """The chooser that a folder holds, whatever its kind and pool; of `config` only where it computes and learns."""
     about = read_about(folder)
     given = about.model_dump(exclude=STATE)
-    chooser = _new(RouterConfig.model_validate(config.model_dump() | given | {"trained": str(folder)}), True)
+    chooser = _new(RouterConfig.model_validate(config.model_dump() | given | {"trained": str(folder)}), about)
     chooser.read(folder, about, training_state)
     if training_state:
         chooser.version = about.version
@@ -162,13 +167,15 @@ def _continued(config: RouterConfig, about: About) -> RouterConfig:
     return config if config.candidates else config.model_copy(update={"candidates": about.candidates})
 
 
-def _new(config: RouterConfig, continued: bool) -> Chooser:
+def _new(config: RouterConfig, about: About | None) -> Chooser:
     from actors.router.learnt import LearntChooser
     from actors.router.memory import MemoryChooser
     from protocols.router import FROM_MEMORY
 
-    folder = Path(config.trained).expanduser() / ENCODER if continued else None
-    return (MemoryChooser if config.kind in FROM_MEMORY else LearntChooser)(config, folder)
+    folder = Path(config.trained).expanduser() / ENCODER if about is not None else None
+    if config.kind in FROM_MEMORY:
+        return MemoryChooser(config, folder)
+    return LearntChooser(config, folder, about.fresh if about is not None else None)
 
 
 def texts_of(rows: Sequence[RouteRow]) -> list[str]:

@@ -35,9 +35,12 @@ SIDES = 3
 class LearntChooser(Chooser):
     """An encoder and a network on it."""
 
-    def __init__(self, config: RouterConfig, folder: Path | None) -> None:
+    def __init__(self, config: RouterConfig, folder: Path | None, fresh: Sequence[str] | None = None) -> None:
+        """`folder`: where the encoder was saved, and `fresh`: its weights that did not come with it."""
         super().__init__(config)
         self._backbone: Backbone = load_backbone(config, folder)
+        if fresh is not None:
+            self._backbone.fresh = set(fresh)
         self.backbone = self._backbone
         if self.limit < 8:
             raise BadInput(

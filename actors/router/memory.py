@@ -97,12 +97,12 @@ class MemoryChooser(Chooser):
         return RouteTrainResponse(loss=0.0, learnt=len(new), version=self.version)
 
     def _write(self, folder: Path, training_state: bool) -> None:
-        width = self.backbone.width if self.backbone else 0
+        count, width = len(self._rows), self.backbone.width if self.backbone else 0
         np.savez(
             folder / MEMORY,
             uids=np.array(list(self._rows), dtype=np.str_),
-            embeddings=np.array([e for e, _ in self._rows.values()], np.float32).reshape(-1, width),
-            scores=np.array([s for _, s in self._rows.values()]).reshape(-1, len(self.names)),
+            embeddings=np.array([e for e, _ in self._rows.values()], np.float32).reshape(count, width),
+            scores=np.array([s for _, s in self._rows.values()]).reshape(count, len(self.names)),
         )
 
     def read(self, folder: Path, about: About, training_state: bool) -> None:

@@ -17,6 +17,7 @@ PUBLIC = {
     "protocols/policy.py": ["PolicyService"],
     "protocols/questioner.py": ["QuestionerService"],
     "protocols/reward_model.py": ["RewardModelService"],
+    "protocols/router.py": ["RouterService"],
     "protocols/verifier.py": ["VerifierService"],
     "protocols/tensor.py": ["Tensor"],
     "protocols/placement.py": None,
