@@ -47,6 +47,8 @@ async def run(cluster: Cluster, config: Config) -> None:
     """Collect, train, keep the router that validates best, and test it."""
     data = await data_of(cluster, config)
     if config.stage == "collect":
+        async for _ in cluster.steps(LoopState()):
+            pass
         cluster.summarize(collected(data))
         return
     prices = {name: config.price_of(name) for name in data.models}
