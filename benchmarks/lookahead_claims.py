@@ -5,6 +5,7 @@ are there already are not repeated. Prints a Markdown table and writes the value
 
 skills   hidden skills, 500 queries, a world per seed: lookahead against its lambda 0 and the classifier, and with the
          answers shuffled; both variants
+selected the causal arms of `skills`, each with the router of the step that does best on 1,000 more queries
 tuning   the choice of learning rate and spread for `skills`, on worlds 100 and 101
 real     the public models' real answers (REPERTORY_DATA/lookahead): every kind of router on the same split
 sweep    the same for other values of lambda
@@ -110,6 +111,13 @@ def skills(seeds: Sequence[int], runs: Path, pool: ThreadPoolExecutor) -> dict[s
     return table
 
 
+def selected(seeds: Sequence[int], runs: Path, pool: ThreadPoolExecutor) -> dict[str, dict[str, list[float]]]:
+    words = ["world=skills", "skills.validation_queries=1000", "test_every=25"]
+    arms = {arm: [*words, *given] for arm, given in SKILLS["causal"].items()}
+    found = over_seeds("selected", arms, seeds, runs, pool)
+    return {arm: {"mu_n": [one["mean"]["normalised"] for one in made]} for arm, made in found.items()}
+
+
 def tuning(seeds: Sequence[int], runs: Path, pool: ThreadPoolExecutor) -> dict[str, dict[str, list[float]]]:
     arms = {}
     grid = itertools.product(("masked", "causal"), (0.02, 0.05), (1e-3, 3e-3), ("classifier", "0", "1"))
@@ -163,7 +171,7 @@ def spread(values: Sequence[float]) -> str:
     return mean if len(values) == 1 else f"{mean} ({min(values):.1f} to {max(values):.1f})"
 
 
-PARTS = {"skills": skills, "tuning": tuning, "real": real, "sweep": sweep}
+PARTS = {"skills": skills, "selected": selected, "tuning": tuning, "real": real, "sweep": sweep}
 
 
 def main() -> None:

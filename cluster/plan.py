@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 import torch
 
 from actors.policy.loading import load_outline
+from actors.router.backbone import encoder_size
 from cluster.config import MethodConfig
 from protocols.errors import BadInput
 from protocols.model import ModelConfig
 from protocols.policy import PolicyConfig
 from protocols.reward_model import RewardModelConfig
+from protocols.router import FINE_TUNED, RouterConfig
 
 GIB = 1 << 30
 ADAM, GRADIENT, WEIGHT = 8, 4, 4
@@ -145,6 +147,16 @@ def reward_processes(name: str, config: RewardModelConfig, size: Size) -> Iterat
         yield Process(name, own.cpus, own.gpus, _in_gib(reference), computes_on=config.device)
 
 
+def router_process(name: str, config: RouterConfig) -> Iterator[Process]:
+    """The processes of a router: its encoder, and what training it takes."""
+    own = config.resources
+    size = encoder_size(config)
+    trained = size if config.trainer is not None and config.kind in FINE_TUNED else 0
+    parts = _in_gib({"weights": size * WEIGHT, "gradients": trained * GRADIENT, "optimiser": trained * ADAM})
+    for index in range(own.replicas):
+        yield Process(_numbered(name, index, own.replicas), own.cpus, own.gpus, parts, computes_on=config.device)
+
+
 def _trainer_bytes(config: ModelConfig, size: Size) -> tuple[dict[str, float], dict[str, float]]:
     """Bytes of one rank: on its device, and in the machine's memory when the optimiser is kept there."""
     trainer = config.trainer
@@ -271,6 +283,8 @@ def plan(config: MethodConfig, models: Mapping[str, ModelConfig], nodes: Sequenc
     for name, model in models.items():
         if isinstance(model, RewardModelConfig):
             wanted += reward_processes(name, model, size_of(model))
+        elif isinstance(model, RouterConfig):
+            wanted += router_process(name, model)
         elif isinstance(model, PolicyConfig) and model.at is None:
             wanted += processes(name, model, size_of(model))
     return place(wanted, nodes, inline=config.transport == "inline")

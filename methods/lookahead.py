@@ -132,8 +132,10 @@ async def validated(router: RouterService, data: Split, seed: int) -> dict[str, 
 
 
 def policies(config: Config) -> dict[str, ModelConfig]:
-    """What the plan counts: the pool and the reward model while answers are collected, and the router."""
-    found: dict[str, ModelConfig] = {"router": config.router}
+    """What the plan counts: the router, and the pool with its reward model; those of built-in worlds are tiny."""
+    found: dict[str, ModelConfig] = {}
+    if config.stage != "collect" and not config.world:
+        found["router"] = config.router
     if config.pool:
         found |= {name: member.policy for name, member in config.pool.items()}
         if config.reward.kind != "rules":

@@ -164,14 +164,14 @@ class RoutedPolicy(PolicyService):
 
     async def info(self, request: Empty) -> PolicyInfo:
         """What holds whoever is chosen: the shortest context."""
-        found = []
+        found, why = [], ""
         for policy in self._policies.values():
             try:
                 found.append(await policy.info(request))
-            except Unavailable:
-                continue
+            except Unavailable as error:
+                why = error.message
         if not found:
-            raise Unavailable(f"{AUTO}: no policy can be reached")
+            raise Unavailable(f"{AUTO}: no policy can be reached: {why}")
         shortest = min(found, key=lambda one: one.context_length)
         return shortest.model_copy(update={"model": AUTO, "trainable_parameters": 0, "eos_token_ids": []})
 

@@ -4,9 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BertConfig, LlamaConfig, PreTrainedTokenizerFast
-
 PAD, CLS, SEP, MASK, TURN, END = "[PAD]", "[CLS]", "[SEP]", "[MASK]", "[TURN]", "[END]"
 CHAT = "{% for message in messages %}{{ message.content }} {% endfor %}" + TURN
 
@@ -21,6 +18,10 @@ def write_tiny(folder: Path, words: Sequence[str], *, width: int, masked: bool, 
 
     `spread`: deviation of fresh weights.
     """
+    # They take seconds to load, and whoever asks for help needs none of them.
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import BertConfig, LlamaConfig, PreTrainedTokenizerFast
+
     tokens = tokens_of(words)
     tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token=PAD))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

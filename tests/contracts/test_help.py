@@ -29,6 +29,7 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
         "import methods.spell",
         "import launch; launch.main(['spell', '--help'])",
         "import launch; launch.main(['methods'])",
+        "import launch; launch.main(['lookahead', '--help'])",
         "import launch; launch.main(['--help'])",
         "import launch; launch.main(['spell', 'world=ledger', 'stps=3'])",
         "import cluster.cluster",

@@ -41,6 +41,15 @@ from protocols.reward_model import (
     RewardModelService,
     RewardRequest,
 )
+from protocols.router import (
+    RouteEvaluateRequest,
+    RouteOptions,
+    RouterConfig,
+    RouteRequest,
+    RouteRow,
+    RouterService,
+    RouteTrainRequest,
+)
 from protocols.service import CheckpointRequest, Empty, HealthRequest, Message, Service
 from protocols.tensor import Tensor
 from protocols.training import ForwardBackwardRequest, OptimStepRequest, TrainRow
@@ -72,7 +81,10 @@ WORSE = Reply(uid="worse", prompt=Prompt(tokens=[5, 6, 7]), text=WORDS)
 REWARD = RewardRequest(replies=[BETTER, WORSE.model_copy(update={"ends": Tensor([1, 2, len(WORDS)], "int32")})])
 EQUAL = Preference(uid="equal", chosen=BETTER, rejected=BETTER)
 PREFERENCES = LearnRequest(pairs=[Preference(uid="pair", chosen=BETTER, rejected=WORSE), EQUAL], learning_rate=0.01)
-SERVICES = (PolicyService, VerifierService, QuestionerService, RewardModelService)
+QUERY = Prompt(uid="query", text=WORDS)
+ROUTE = RouteRequest(prompts=[QUERY], options=RouteOptions(price_weight=0.5, prices={"two": 3.0}))
+ROUTED = RouteRow(uid="row", prompt=QUERY, answers=[WORDS, "12"], scores=[1.0, 0.25], group="g")
+SERVICES = (PolicyService, VerifierService, QuestionerService, RewardModelService, RouterService)
 # In order: later calls see what earlier ones changed.
 CALLS: list[tuple[type[Service], str, Message]] = [
     *((service, "health", HealthRequest()) for service in SERVICES),
@@ -99,12 +111,17 @@ CALLS: list[tuple[type[Service], str, Message]] = [
     (RewardModelService, "score", REWARD),
     (RewardModelService, "train", PREFERENCES),
     (RewardModelService, "score", REWARD),
+    (RouterService, "info", Empty()),
+    (RouterService, "route", ROUTE),
+    (RouterService, "train", RouteTrainRequest(rows=[ROUTED])),
+    (RouterService, "evaluate", RouteEvaluateRequest(rows=[ROUTED], options=[RouteOptions(), ROUTE.options])),
     *((service, "save", CheckpointRequest(path=service.kind)) for service in SERVICES),
     (RewardModelService, "train", PREFERENCES),
     *((service, "load", CheckpointRequest(path=service.kind)) for service in SERVICES),
     (PolicyService, "info", Empty()),
     (RewardModelService, "health", HealthRequest()),
     (RewardModelService, "score", REWARD),
+    (RouterService, "route", ROUTE),
     # What goes wrong, too.
     (PolicyService, "sample", SampleRequest(prompts=[Prompt(tokens=[10**6])])),
     (PolicyService, "tokenize", TokenizeRequest(prompts=[Prompt(text="")])),
@@ -114,6 +131,8 @@ CALLS: list[tuple[type[Service], str, Message]] = [
     (RewardModelService, "score", RewardRequest(replies=[WORSE.model_copy(update={"text": "", "ended": False})])),
     (RewardModelService, "train", LearnRequest(pairs=[EQUAL])),
     (RewardModelService, "train", LearnRequest(replies=[LabelledReply(reply=BETTER, right=True)])),
+    (RouterService, "route", RouteRequest(prompts=[QUERY], options=RouteOptions(exclude=["three"]))),
+    (RouterService, "train", RouteTrainRequest(rows=[ROUTED.model_copy(update={"scores": [1.0]})])),
     *((service, "drain", Empty()) for service in reversed(SERVICES)),
     (PolicyService, "sample", SAMPLE),
 ]
@@ -144,7 +163,10 @@ async def a_company(
     verifier = await cluster.verifier(VerifierConfig(), policy)
     questioner = await cluster.questioner(QuestionerConfig(), policy)
     reward_model = await cluster.reward_model(RewardModelConfig.model_validate(given))
-    return cluster, {service_of(one): one for one in (policy, verifier, questioner, reward_model)}
+    router = await cluster.router(
+        RouterConfig.model_validate(given | {"candidates": [{"name": "one"}, {"name": "two"}]})
+    )
+    return cluster, {service_of(one): one for one in (policy, verifier, questioner, reward_model, router)}
 
 
 @pytest.fixture
@@ -174,7 +196,7 @@ async def test_every_method_gives_the_same(companies: Any) -> None:
             failures += 1
             found = found[0], found[1].replace(str(outside.directory.path / "remote"), "BASE")
         assert found == expected, (service, method)
-    assert failures == 9
+    assert failures == 11
 
 
 async def test_a_loop_trains_a_policy_behind_a_gateway(companies: Any) -> None:
