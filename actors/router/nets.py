@@ -72,6 +72,7 @@ class MaskedLookahead(Net):
         self.backbone = backbone
         self._pool, self._size = len(config.candidates), config.response_tokens
         self._apart = config.blocks == "apart"
+        backbone.check_blocks(self._apart)
         self.slots = fresh_slots(backbone, self._pool)
         self.head = Head(backbone.width, self._pool, config.dropout)
 
@@ -97,6 +98,7 @@ class CausalLookahead(Net):
         super().__init__()
         self.backbone = backbone
         self._pool = len(config.candidates)
+        backbone.check_blocks(True)
         self.slots = fresh_slots(backbone, self._pool)
         self.dropout = torch.nn.Dropout(config.dropout)
         self.out = torch.nn.Linear(backbone.width, 1)
@@ -188,12 +190,13 @@ class OnEmbeddings(torch.nn.Module):
 
 
 def fresh_slots(backbone: Backbone, pool: int) -> torch.nn.Parameter:
-    """An embedding per candidate, that of the mask token (or the mean of all) and a little noise, float32[T, D]."""
-    base_D = backbone.mask_embedding().float()
-    noise_TD = torch.randn(pool, backbone.width, device=base_D.device) / backbone.width**0.5
-    # Noise of the size that embeddings have here; fresh models have small ones.
-    scale = backbone.model.get_input_embeddings().weight.detach().float().std() * backbone.width**0.5
-    return torch.nn.Parameter(base_D + noise_TD * scale)
+    """An embedding per candidate, that of the mask token (or the mean of all) and noise, float32[T, E].
+
+    The noise is of the size that embeddings have, for the blocks must be told apart.
+    """
+    base_E = backbone.mask_embedding().float()
+    noise_TE = torch.randn(pool, len(base_E), device=base_E.device)
+    return torch.nn.Parameter(base_E + noise_TE * backbone.embeddings.float().std())
 
 
 def query_states(backbone: Backbone, rows: Sequence[Layout]) -> torch.Tensor:
