@@ -6,6 +6,8 @@ are there already are not repeated. Prints a Markdown table and writes the value
 skills   hidden skills, 500 queries, a world per seed: lookahead against its lambda 0 and the classifier, and with the
          answers shuffled; both variants
 selected the causal arms of `skills`, each with the router of the step that does best on 1,000 more queries
+live     three small policies: collected, trained, then served by `launch.py serve` and asked by OpenAI's client, 300
+         fresh queries, model="auto" against each policy alone
 tuning   the choice of learning rate and spread for `skills`, on worlds 100 and 101
 real     the public models' real answers (REPERTORY_DATA/lookahead): every kind of router on the same split
 sweep    the same for other values of lambda
@@ -15,12 +17,20 @@ import argparse
 import itertools
 import json
 import os
+import re
+import signal
 import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openai
+
+from methods.worlds import trades
 
 ROOT = Path(__file__).parent.parent
 QUIET = ["wandb=disabled", "checkpoint_every=1000000", "router.threads=1"]
@@ -118,6 +128,42 @@ def selected(seeds: Sequence[int], runs: Path, pool: ThreadPoolExecutor) -> dict
     return {arm: {"mu_n": [one["mean"]["normalised"] for one in made]} for arm, made in found.items()}
 
 
+def live(seeds: Sequence[int], runs: Path, pool: ThreadPoolExecutor) -> dict[str, dict[str, list[float]]]:
+    over_seeds("live", {"trades": ["world=trades"]}, seeds, runs, pool)
+    found = [served(runs / f"live-trades-{seed}", seed) for seed in seeds]
+    return {model: {"right": [one[model] for one in found]} for model in found[0]}
+
+
+def served(run: Path, seed: int) -> dict[str, float]:
+    """Share of right answers of each model, asked from outside."""
+    names = json.loads((run / "evaluation.json").read_text())["models"]
+    # Collections are named after the queries, and those after the seed.
+    folders = (run.parent / "collections").iterdir()
+    (folder,) = [one for one in folders if json.loads((one / "reverse.json").read_text())["seed"] == seed]
+    models = {name: json.loads((folder / f"{name}.json").read_text())["policy"]["model"] for name in names}
+    pool = ", ".join(f"{name}: {{model: {model}, threads: 1}}" for name, model in models.items())
+    words = [f"pool={{{pool}}}", f"router.trained={run / 'router'}", "router.threads=1", "verifier=null"]
+    words += ["address=127.0.0.1:0", "gateway.http=127.0.0.1:0", f"runs_dir={run}", "policy.threads=1"]
+    command = [sys.executable, "launch.py", "serve", *words]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        line = process.stderr.readline()
+        found = re.search(r"http://[^;]+/v1", line)
+        if not found:
+            raise SystemExit(line + process.stderr.read())
+        client = openai.OpenAI(api_key="none", base_url=found[0])
+        asked = trades.draw(np.random.default_rng((seed, 999)), 300)
+        right = {name: statistics.fmean(answered(client, name, one) for one in asked) for name in ("auto", *names)}
+        process.send_signal(signal.SIGINT)
+    return right
+
+
+def answered(client: openai.OpenAI, model: str, asked: trades.Asked) -> float:
+    messages: list[Any] = [{"role": "user", "content": asked.query}]
+    answer = client.chat.completions.create(model=model, messages=messages, max_tokens=8, temperature=0)
+    return float((answer.choices[0].message.content or "").strip() == asked.reference)
+
+
 def tuning(seeds: Sequence[int], runs: Path, pool: ThreadPoolExecutor) -> dict[str, dict[str, list[float]]]:
     arms = {}
     grid = itertools.product(("masked", "causal"), (0.02, 0.05), (1e-3, 3e-3), ("classifier", "0", "1"))
@@ -171,7 +217,7 @@ def spread(values: Sequence[float]) -> str:
     return mean if len(values) == 1 else f"{mean} ({min(values):.1f} to {max(values):.1f})"
 
 
-PARTS = {"skills": skills, "selected": selected, "tuning": tuning, "real": real, "sweep": sweep}
+PARTS = {"skills": skills, "selected": selected, "live": live, "tuning": tuning, "real": real, "sweep": sweep}
 
 
 def main() -> None:

@@ -53,7 +53,8 @@ class RouterConfig(ModelConfig):
     all-MiniLM-L6-v2 (extra `minilm`)."""
     trained: str = ""
     """Folder of a trained router to begin with. Candidates that it knows keep what was learnt for them, those that it
-    does not know are new. Its kind and model must be those given here."""
+    does not know are new. Where kind, response_tokens, blocks and hidden are left open they are taken from there, the
+    encoder always."""
     learn: Literal["all", "new"] = "all"
     """`new`: with `trained`, only what belongs to new candidates is trained, and all else stays as it is."""
     candidates: list[Candidate] = []

@@ -159,12 +159,16 @@ def reopened(config: RouterConfig, folder: Path, training_state: bool) -> Choose
 
 
 def _continued(config: RouterConfig, about: About) -> RouterConfig:
-    """A configuration that takes from the folder what it must, and its pool if it names none."""
-    for name in ("kind", "response_tokens", "blocks", "hidden"):
-        given, saved = getattr(config, name), getattr(about, name)
-        if given != saved:
+    """A configuration that takes from the folder its shape, and its pool if it names none.
+
+    Raises BadInput for a shape that was given and is another one.
+    """
+    shape = {name: getattr(about, name) for name in ("kind", "response_tokens", "blocks", "hidden")}
+    for name, saved in shape.items():
+        given = getattr(config, name)
+        if name in config.model_fields_set and given != saved:
             raise BadInput(f"{name}: got {given!r}, expected {saved!r}, which the router at {config.trained} has")
-    return config if config.candidates else config.model_copy(update={"candidates": about.candidates})
+    return config.model_copy(update=shape | {"candidates": config.candidates or about.candidates})
 
 
 def _new(config: RouterConfig, about: About | None) -> Chooser:
