@@ -8,9 +8,11 @@ skills   hidden skills, 500 queries, a world per seed: lookahead against its lam
 selected the causal arms of `skills`, each with the router of the step that does best on 1,000 more queries
 live     three small policies: collected, trained, then served by `launch.py serve` and asked by OpenAI's client, 300
          fresh queries, model="auto" against each policy alone
+pool     hidden skills as collected answers: a fourth model is added to a router of three, or taken from one of four
 tuning   the choice of learning rate and spread for `skills`, on worlds 100 and 101
 real     the public models' real answers (REPERTORY_DATA/lookahead): every kind of router on the same split
-sweep    the same for other values of lambda
+heavier  the same for lookahead with lambda 1
+sweep    `skills` for several values of lambda, masked
 """
 
 import argparse
@@ -31,6 +33,8 @@ import numpy as np
 import openai
 
 from methods.worlds import trades
+from methods.worlds.skills import WORDS, SkillsConfig, SkillsWorld
+from methods.worlds.tiny import write_tiny
 
 ROOT = Path(__file__).parent.parent
 QUIET = ["wandb=disabled", "checkpoint_every=1000000", "router.threads=1"]
@@ -51,32 +55,28 @@ SKILLS = {
     },
 }
 SOURCES = ("arena_hard", "gsm8k", "math", "self_oss")
-# One pass over 2,000 queries, the same for every kind that trains the encoder.
-TUNED = [
-    *("data.train_queries=2000", "steps=62", "queries_per_step=32", "router.new_rate=10"),
-    *("router.trainer.learning_rate=1.0e-4", "router.response_tokens=8"),
-]
+QUERIES = "data.train_queries=1200"
+# One pass over the queries, the same for every kind that trains the encoder.
+TUNED = [QUERIES, "steps=75", "queries_per_step=16", "router.new_rate=10", "router.trainer.learning_rate=1.0e-4"]
+LOOKAHEAD = ["kind=lookahead", "router.response_tokens=8", "router.max_tokens=105", *TUNED]
 # Embeddings do not change, so these may take many more steps.
-LIGHT = ["data.train_queries=2000", "steps=600", "queries_per_step=64", "router.trainer.learning_rate=1.0e-3"]
+LIGHT = [QUERIES, "steps=600", "queries_per_step=64", "router.trainer.learning_rate=1.0e-3"]
 REAL = {
-    "random": ["kind=random"],
-    "best": ["kind=best", "data.train_queries=2000"],
-    "kmeans, 20": ["kind=kmeans", "router.neighbours=20", "data.train_queries=2000"],
-    "kmeans, 100": ["kind=kmeans", "router.neighbours=100", "data.train_queries=2000"],
-    "knn, 100": ["kind=knn", "data.train_queries=2000"],
-    "linear": ["kind=linear", *LIGHT],
-    "mlp": ["kind=mlp", *LIGHT],
-    "matrix": ["kind=matrix", *LIGHT],
+    "lookahead, lambda 0.2": ["lambda=0.2", *LOOKAHEAD],
     "classifier": ["kind=classifier", *TUNED],
-    "lookahead, lambda 0.2": ["kind=lookahead", "lambda=0.2", "router.max_tokens=105", *TUNED],
-    "lookahead, lambda 0": ["kind=lookahead", "lambda=0", "router.max_tokens=105", *TUNED],
+    "lookahead, lambda 0": ["lambda=0", *LOOKAHEAD],
     "zooter": ["kind=zooter", *TUNED],
     "router_dc": ["kind=router_dc", *TUNED],
+    "matrix": ["kind=matrix", *LIGHT],
+    "mlp": ["kind=mlp", *LIGHT],
+    "linear": ["kind=linear", *LIGHT],
+    "kmeans, 20": ["kind=kmeans", "router.neighbours=20", QUERIES],
+    "kmeans, 100": ["kind=kmeans", "router.neighbours=100", QUERIES],
+    "knn, 100": ["kind=knn", QUERIES],
+    "best": ["kind=best", QUERIES],
+    "random": ["kind=random"],
 }
-SWEEP = {
-    f"lookahead, lambda {value}": ["kind=lookahead", f"lambda={value}", "router.max_tokens=105", *TUNED]
-    for value in (0.05, 0.5, 1)
-}
+LAMBDAS = (0.05, 0.2, 0.5, 1, 2)
 Row = dict[str, float]
 
 
@@ -131,7 +131,7 @@ def selected(seeds: Sequence[int], runs: Path, pool: ThreadPoolExecutor) -> dict
 def live(seeds: Sequence[int], runs: Path, pool: ThreadPoolExecutor) -> dict[str, dict[str, list[float]]]:
     over_seeds("live", {"trades": ["world=trades"]}, seeds, runs, pool)
     found = [served(runs / f"live-trades-{seed}", seed) for seed in seeds]
-    return {model: {"right": [one[model] for one in found]} for model in found[0]}
+    return {model: {"right, %": [100 * one[model] for one in found]} for model in found[0]}
 
 
 def served(run: Path, seed: int) -> dict[str, float]:
@@ -162,6 +162,49 @@ def answered(client: openai.OpenAI, model: str, asked: trades.Asked) -> float:
     messages: list[Any] = [{"role": "user", "content": asked.query}]
     answer = client.chat.completions.create(model=model, messages=messages, max_tokens=8, temperature=0)
     return float((answer.choices[0].message.content or "").strip() == asked.reference)
+
+
+def pool_changes(seeds: Sequence[int], runs: Path, pool: ThreadPoolExecutor) -> dict[str, dict[str, list[float]]]:
+    found = list(pool.map(lambda seed: changed(runs, seed), seeds))
+    return {arm: {"mu_n": [one[arm] for one in found]} for arm in found[0]}
+
+
+def changed(runs: Path, seed: int) -> dict[str, float]:
+    """Quality of routers whose pool was changed; scores are flips of a coin, in tests too."""
+    world, encoder = SkillsWorld(SkillsConfig(), seed), runs / f"encoder-{seed}"
+    exam = world.draw(np.random.default_rng((seed, 1)), 4000)
+    write_tiny(encoder, WORDS, width=48, masked=True, spread=0.05)
+    file = runs / f"skills-{seed}.jsonl"
+    made = enumerate(zip(exam.queries, exam.answers, exam.scores_BT.tolist(), strict=True))
+    rows = (
+        {"id": f"{i}", "instruction": q, "models": world.candidates, "responses": a, "scores": s}
+        for i, (q, a, s) in made
+    )
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = [
+        f"data.collected=[{file}]",
+        f"encoder={encoder}",
+        "router.init=random",
+        "router.response_tokens=4",
+        "lambda=1",
+    ]
+    given += ["router.trainer.learning_rate=0.003", "router.trainer.schedule=constant", "data.train_queries=500"]
+    given += ["test_every=1000000", "data.drop_ties=false", f"seed={seed}"]
+    three, before = f"data.models=[{','.join(world.candidates[:3])}]", runs / f"pool-three-{seed}" / "router"
+    arms = {
+        "three": ["steps=600", three],
+        "four": ["steps=600"],
+        "fourth added, it alone trains": ["steps=300", f"router.trained={before}", "router.learn=new"],
+        "fourth added, all train": ["steps=300", f"router.trained={before}"],
+        "fourth removed, nothing trains": [
+            three,
+            "stage=evaluate",
+            f"router.trained={runs / f'pool-four-{seed}' / 'router'}",
+        ],
+    }
+    return {
+        arm: run(f"pool-{arm}-{seed}", [*given, *words], runs)["mean"]["normalised"] for arm, words in arms.items()
+    }
 
 
 def tuning(seeds: Sequence[int], runs: Path, pool: ThreadPoolExecutor) -> dict[str, dict[str, list[float]]]:
@@ -200,7 +243,13 @@ def real(
 
 
 def sweep(seeds: Sequence[int], runs: Path, pool: ThreadPoolExecutor) -> dict[str, dict[str, list[float]]]:
-    return real(seeds, runs, pool, SWEEP)
+    arms = {f"lambda {value}": ["world=skills", f"lambda={value}"] for value in (0, *LAMBDAS)}
+    found = over_seeds("sweep", arms, seeds, runs, pool)
+    return {arm: {"mu_n": [one["mean"]["normalised"] for one in made]} for arm, made in found.items()}
+
+
+def heavier(seeds: Sequence[int], runs: Path, pool: ThreadPoolExecutor) -> dict[str, dict[str, list[float]]]:
+    return real(seeds, runs, pool, {"lookahead, lambda 1": ["lambda=1", *LOOKAHEAD]})
 
 
 def show(table: dict[str, dict[str, list[float]]]) -> None:
@@ -217,7 +266,16 @@ def spread(values: Sequence[float]) -> str:
     return mean if len(values) == 1 else f"{mean} ({min(values):.1f} to {max(values):.1f})"
 
 
-PARTS = {"skills": skills, "selected": selected, "live": live, "tuning": tuning, "real": real, "sweep": sweep}
+PARTS = {
+    "skills": skills,
+    "selected": selected,
+    "live": live,
+    "pool": pool_changes,
+    "tuning": tuning,
+    "real": real,
+    "heavier": heavier,
+    "sweep": sweep,
+}
 
 
 def main() -> None:
