@@ -1,13 +1,14 @@
 """What must hold of the networks whatever they have learnt (specification section 5.4)."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from actors.router.layout import Layout, Packed, causal_layout
+from actors.router.layout import NOTHING, Layout, Packed, causal_layout
 from actors.router.learnt import LearntChooser
 from actors.router.nets import CausalLookahead, MaskedLookahead
 from protocols.router import RouterConfig
@@ -19,6 +20,7 @@ VARIANTS = pytest.mark.parametrize("variant", ["masked", "causal"])
 def chooser(config: RouterConfig) -> LearntChooser:
     made = LearntChooser(config, None)
     # Fresh heads are small: with larger ones a difference would be seen.
+    torch.manual_seed(0)
     with torch.no_grad():
         for name, parameter in made.net.named_parameters():
             if name.startswith(("head", "out", "slots")):
@@ -46,8 +48,12 @@ def test_no_answer_can_change_a_choice(configure: Configure, variant: str) -> No
     """In service there is no answer, and to learn, with all of it masked, it is where the choice cannot see it."""
     made = chooser(configure(variant))
     blind = logits(made, laid_out(made, 5, answers=False))
-    seeing = logits(made, laid_out(made, 5, answers=True))
-    torch.testing.assert_close(seeing, blind, rtol=0, atol=2e-6)
+    layouts = laid_out(made, 5, answers=True)
+    others = [replace(row, tokens=np.where(row.labels == NOTHING, row.tokens, row.tokens[::-1])) for row in layouts]
+    if variant == "causal":  # where the tokens of answers are read after the choice was made
+        assert any((row.tokens != other.tokens).any() for row, other in zip(layouts, others, strict=True))
+    assert torch.equal(logits(made, layouts), logits(made, others))
+    torch.testing.assert_close(logits(made, layouts), blind, rtol=1e-5, atol=1e-5)
     assert blind.std() > 0.01
 
 
@@ -95,7 +101,7 @@ def test_candidates_may_change_places(configure: Configure, variant: str, blocks
             parameter = made.net.get_parameter(name)
             parameter.copy_(parameter[order].clone())
     after = logits(made, laid_out(made, 5, answers=False))
-    torch.testing.assert_close(after, before[:, order], rtol=0, atol=2e-6)
+    torch.testing.assert_close(after, before[:, order], rtol=0, atol=1e-5)
     assert (after - before).abs().max() > 1e-2
 
 
@@ -107,7 +113,7 @@ def test_rows_do_not_see_their_padding(configure: Configure, variant: str) -> No
     layouts.append(made.net.layout(longer, None, 1.0))
     together = logits(made, layouts)
     alone = torch.cat([logits(made, [layout]) for layout in layouts])
-    torch.testing.assert_close(together, alone, rtol=0, atol=2e-6)
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
 
 
 def test_blocks_apart_do_not_see_each_other(configure: Configure) -> None:
