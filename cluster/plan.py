@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from actors.policy.loading import load_outline
-from actors.router.backbone import encoder_size
+from actors.router.chooser import encoder_size
 from cluster.config import MethodConfig
 from protocols.errors import BadInput
 from protocols.model import ModelConfig

@@ -6,6 +6,11 @@ chooses. Baselines are the same loop with another `router.kind`. Where this diff
 code is in docs/methods/lookahead.md.
 """
 
+import math
+import os
+import shutil
+from pathlib import Path
+
 import numpy as np
 
 from cluster.cluster import Cluster
@@ -53,7 +58,7 @@ async def run(cluster: Cluster, config: Config) -> None:
         return
     prices = {name: config.price_of(name) for name in data.models}
     router = await cluster.router(router_config(cluster, config, prices))
-    state, best = State(), CheckpointRequest(path=str(cluster.directory.path / "router"), training_state=False)
+    state, folder = State(), cluster.directory.path
 
     async for step in cluster.steps(state, first=0):
         if step.index > 0:
@@ -68,18 +73,35 @@ async def run(cluster: Cluster, config: Config) -> None:
             step.activity(f"routing {len(data.validation)} validation queries")
             metrics = await validated(router, data, config.seed)
             step.log(metrics)
-            # Without queries to choose by, the last one is taken.
-            score = metrics.get("eval/validation", float(step.index))
-            if state.best is None or score > state.best:
+            # Without queries that tell routers apart, the last one is taken.
+            score = metrics.get("eval/validation", math.nan)
+            score = float(step.index) if math.isnan(score) else score
+            # One that has not learnt anything yet does not compete.
+            may_win = step.index > 0 or bool(config.router.trained)
+            if may_win and (state.best is None or score > state.best):
                 state.best, state.best_step = score, step.index
-                await router.save(best)
+                await kept(router, folder / "routers" / f"step-{step.index:06d}")
 
     if config.stage != "evaluate":
-        await router.load(best)
+        best = folder / "routers" / f"step-{state.best_step:06d}"
+        await router.load(CheckpointRequest(path=str(best), training_state=False))
+        await kept(router, folder / "router")
+    if config.stage == "train":
+        cluster.summarize(collected(data))
+        return
     options = config.ways_to_choose(prices)
     tested = await router.evaluate(RouteEvaluateRequest(rows=data.test, options=options, seed=config.seed))
-    write_evaluation(cluster.directory.path, tested, config, prices)
+    write_evaluation(folder, tested, config, prices)
     cluster.summarize(summary(config, data, tested, state.best_step))
+
+
+async def kept(router: RouterService, folder: Path) -> None:
+    """Write the router into a folder that is there as a whole or not at all."""
+    staging = folder.with_name(f".{folder.name}")
+    shutil.rmtree(staging, ignore_errors=True)
+    await router.save(CheckpointRequest(path=str(staging), training_state=False))
+    shutil.rmtree(folder, ignore_errors=True)
+    os.rename(staging, folder)
 
 
 async def data_of(cluster: Cluster, config: Config) -> Split:
@@ -116,7 +138,9 @@ def router_config(cluster: Cluster, config: Config, prices: dict[str, float]) ->
         folder = cluster.directory.path.parent / "bases" / name
         write_tiny(folder, words, width=width, masked=masked, spread=config.encoder_spread)
         given["model"] = str(folder)
-    return config.router.model_copy(update=given | {"seed": config.seed})
+    # What is as the defaults are counts as left open: a router that goes on has its own.
+    chosen = {name: value for name, value in config.router if value != getattr(RouterConfig(), name)}
+    return RouterConfig.model_validate(chosen | given | {"seed": config.seed})
 
 
 async def validated(router: RouterService, data: Split, seed: int) -> dict[str, float]:

@@ -5,12 +5,14 @@ and a smaller one nobody.
 """
 
 import asyncio
+import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from cluster.cluster import Cluster
 from cluster.progress import Progress
@@ -22,6 +24,9 @@ from protocols.errors import BadInput, Corrupt
 from protocols.messages import Completion, FinishReason
 from protocols.policy import PolicyService, SampleRequest
 from protocols.reward_model import Reply, RewardModelService, RewardRequest
+
+SCORING = {"kind", "model", "init", "seed", "match", "max_tokens", "beta", "reference"}
+"""Of the reward model's configuration: what scores depend on."""
 
 Kept = dict[str, dict[str, Any]]
 """What a model made of each query, by its id: text, tokens, finish_reason, score."""
@@ -37,16 +42,21 @@ async def collect(cluster: Cluster, config: Config, queries: Sequence[Query], po
     kept = {name: read_kept(folder, name, how(config, member)) for name, member in pool.items()}
     missing = {name: [query for query in queries if query.id not in kept[name]] for name in pool}
     asked = {name: left for name, left in missing.items() if left}
+    if asked and config.stage == "train":
+        missed = ", ".join(f"{len(left)} of {name}" for name, left in asked.items())
+        raise BadInput(f"stage: got 'train', but answers are missing ({missed}) in {folder}; run stage=collect first")
     if asked:
         reward = await cluster.reward_model(config.reward, name="pool-reward")
         calls = sum(-(-len(left) // config.data.batch) for left in asked.values())
         policies = {name: await cluster.policy(pool[name].policy, name=name) for name in asked}
         folder.mkdir(parents=True, exist_ok=True)
-        with cluster.progress(f"collecting from {', '.join(asked)}", calls) as progress:
+        title = f"collecting from {', '.join(asked)}"
+        with ExitStack() as locks, cluster.progress(title, calls) as progress:
             tasks = []
             for name, left in asked.items():
                 write_atomically(folder / f"{name}.json", json.dumps(how(config, pool[name]), indent=1))
                 file = folder / f"{name}.jsonl"
+                locks.callback(held(file).close)
                 one = _ask(policies[name], reward, config, left, file, kept[name], progress)
                 tasks.append(asyncio.ensure_future(one))
             try:
@@ -91,7 +101,7 @@ def collection_of(cluster: Cluster, config: Config, queries: Sequence[Query]) ->
 
 def how(config: Config, member: Member | None) -> dict[str, Any]:
     """What an answer and its score depend on beside the query."""
-    reward = config.reward.model_dump(mode="json", include={"kind", "model", "match", "max_tokens"})
+    reward = config.reward.model_dump(mode="json", include=SCORING)
     given = {"sampling": config.sampling.model_dump(mode="json"), "seed": config.seed, "reward": reward}
     if member is not None:
         given["policy"] = member.policy.model_dump(mode="json", include={"model", "init", "seed", "dtype"})
@@ -120,13 +130,24 @@ def read_kept(folder: Path, name: str, wanted: Mapping[str, Any]) -> Kept:
     if len(whole) < len(data):
         os.truncate(file, len(whole))
     kept: Kept = {}
-    for number, line in enumerate(whole.decode("utf-8").splitlines(), start=1):
+    for number, line in enumerate(whole.decode("utf-8").split("\n")[:-1], start=1):
         try:
             row = json.loads(line)
             kept[row["id"]] = {key: row[key] for key in ("text", "tokens", "finish_reason", "score")}
         except (ValueError, KeyError, TypeError) as error:
             raise Corrupt(f"{file} line {number} is not an answer that was collected: {error}") from error
     return kept
+
+
+def held(file: Path) -> TextIO:
+    """A file that no other process may add answers to until it is closed. Raises BadInput if one does so already."""
+    lines = open(file, "a")  # noqa: SIM115  held as long as its model is asked
+    try:
+        fcntl.flock(lines, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lines.close()
+        raise BadInput(f"data.collection: {file} is being written by another process; wait for it") from None
+    return lines
 
 
 async def _ask(

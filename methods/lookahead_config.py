@@ -1,8 +1,9 @@
 """Every hyper-parameter of Lookahead routing: the pool, where its answers come from, the router, and its training."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
 from pydantic import Field, model_validator
@@ -18,12 +19,17 @@ from protocols.service import Message
 PRESETS = Path(__file__).parent / "presets"
 
 
+Price = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+TAKEN = ("auto", "policy", "pool-reward", "router")
+"""Names that no model of a pool may have."""
+
+
 class Member(Message):
     """A model of the pool."""
 
     policy: PolicyConfig = PolicyConfig(trainer=None)
     """How it samples; it does not learn."""
-    price: float = Field(default=0.0, ge=0)
+    price: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """What an answer of it costs, in any unit."""
 
     @model_validator(mode="before")
@@ -48,12 +54,13 @@ class DataConfig(Message):
     """Files of queries that a pool has answered: `id`, `instruction`, `models`, `scores`, `responses`, `source`."""
     models: list[str] = []
     """Of `collected`: the models that make up the pool; empty: all."""
-    prices: dict[str, float] = {}
+    prices: dict[str, Price] = {}
     """Of `collected`: what an answer of each model costs; 0 where nothing is said."""
     test_one_in: int = Field(default=5, ge=2)
     """One of so many queries, by a hash of its id, is for tests."""
     validation_one_in: int = Field(default=10, ge=2)
     """One of so many of the others is for choosing among the routers of a run."""
+
     train_queries: int = Field(default=0, ge=0)
     """Most queries to train on, spread over the sources as they are; 0: all."""
     drop_ties: bool = True
@@ -63,6 +70,12 @@ class DataConfig(Message):
     runs_dir that is named after the queries and how they are answered."""
     batch: int = Field(default=64, ge=1)
     """Queries per call to a model of the pool."""
+
+    @model_validator(mode="after")
+    def _one_is_odd(self) -> Self:
+        if self.test_one_in % 2 == self.validation_one_in % 2 == 0:
+            raise ValueError("test_one_in, validation_one_in: expected one to be odd, for both go by one hash")
+        return self
 
 
 class Config(MethodConfig):
@@ -77,8 +90,8 @@ class Config(MethodConfig):
     }
 
     stage: Literal["collect", "train", "evaluate", "all"] = "all"
-    """`collect`: let the pool answer and be scored. `train`: from what was collected. `evaluate`: test the router at
-    router.trained. `all`: collect what is missing, train and evaluate."""
+    """`collect`: let the pool answer and be scored. `train`: from what was collected, without a test. `evaluate`:
+    test the router at router.trained. `all`: collect what is missing, train and evaluate."""
     world: Literal["", "skills", "trades"] = ""
     """A built-in world instead of data. `skills`: hidden skills, simulated answers, known truth. `trades`: three
     small policies that are trained on the spot."""
@@ -106,7 +119,7 @@ class Config(MethodConfig):
     """Batch of an optimiser step."""
     test_every: int = Field(default=50, ge=1)
     """Steps between evaluations on validation queries; the best router is kept."""
-    price_weights: list[float] = [0.0, 0.03, 0.1, 0.3, 1.0, 3.0]
+    price_weights: list[Price] = [0.0, 0.03, 0.1, 0.3, 1.0, 3.0]
     """Values of mu of the curve of quality against price."""
 
     @model_validator(mode="after")
@@ -118,6 +131,11 @@ class Config(MethodConfig):
             raise ValueError(f"pool: got {len(self.pool)} models, expected at least two to answer data.queries")
         if self.pool and not self.data.queries:
             raise ValueError("pool: it answers data.queries; other sources have their own")
+        if (self.data.models or self.data.prices) and not self.data.collected:
+            raise ValueError("data.models, data.prices: they are of data.collected; expected none")
+        for name in self.pool:
+            if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", name) or name in TAKEN:
+                raise ValueError(f"pool: got the name {name!r}, expected letters, digits, . _ - and none of {TAKEN}")
         if self.router.candidates:
             raise ValueError("router.candidates: they are the pool's; expected none")
         if self.stage == "evaluate" and not self.router.trained:

@@ -1,7 +1,7 @@
 """The router: says which model of a pool should answer a query, before any of them has."""
 
 from abc import abstractmethod
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -35,7 +35,7 @@ class Candidate(Message):
 
     name: str = Field(min_length=1)
     """What it is called, here and in a route."""
-    price: float = Field(default=0.0, ge=0)
+    price: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """What an answer of it costs, in a unit of the caller's."""
 
 
@@ -110,7 +110,7 @@ class RouteOptions(Message):
 
     exclude: list[str] = []
     """Candidates that are not to be chosen, such as those that are down."""
-    price_weight: float = Field(default=0.0, ge=0)
+    price_weight: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """mu: a candidate counts for its score less mu times its price."""
     within: float = Field(default=0.0, ge=0, le=1)
     """Choose the cheapest candidate whose score is at most this below the best."""
@@ -118,7 +118,7 @@ class RouteOptions(Message):
     """Choose the cheapest candidate whose score reaches this; if none does, go by the rest."""
     abstain_below: float = Field(default=0.0, ge=0, le=1)
     """Choose nobody if no candidate's score reaches this."""
-    prices: dict[str, float] = {}
+    prices: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = {}
     """Prices that replace those of the router's configuration."""
 
     @model_validator(mode="after")
@@ -212,7 +212,7 @@ class RouteEvaluateRequest(Message):
 
     rows: list[RouteRow] = Field(min_length=1)
     """Queries with the scores of all candidates."""
-    options: list[RouteOptions] = []
+    options: list[RouteOptions] = Field(default=[], max_length=64)
     """Ways to choose, all from the same scores; empty: one, by score alone."""
     seed: int = Field(default=0, ge=0)
     """Of the bootstrap."""

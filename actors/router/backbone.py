@@ -182,17 +182,14 @@ def load_backbone(config: RouterConfig, folder: Path | None = None) -> Backbone:
     return Backbone(model, tokenizer, masked, every if fresh is None else fresh, config.dtype == "bfloat16")
 
 
-def encoder_size(config: RouterConfig) -> int:
-    """Number of an encoder's weights, without loading them; 0 for kinds that have none. Raises BadInput."""
-    if config.kind in ("best", "random"):
-        return 0
-    source = str(Path(config.trained).expanduser() / "encoder") if config.trained else encoder_source(config.model)
+def outline_size(source: str) -> int:
+    """Number of weights of the model in a folder or on the hub, without loading them. Raises BadInput."""
     try:
         shape = AutoConfig.from_pretrained(source)
         with torch.device("meta"):
             model = (AutoModelForMaskedLM if is_masked(shape) else AutoModelForCausalLM).from_config(shape)
     except UNREADABLE as error:
-        raise BadInput(f"model: cannot load {config.model!r} as an encoder: {error}") from error
+        raise BadInput(f"model: cannot load {source!r} as an encoder: {error}") from error
     return sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from actors.router.backbone import Backbone, text_of
+from actors.router.backbone import Backbone, encoder_source, outline_size, text_of
 from protocols.errors import BadInput, Corrupt
 from protocols.router import Candidate, Kind, RouterConfig, RouteRow, RouteTrainResponse
 from protocols.service import Message
@@ -41,9 +41,11 @@ class About(Message):
     """Of knn and kmeans."""
     max_tokens: int
     """Longest query."""
+    seed: int
+    """Of random and kmeans."""
     version: int
     """Weight version, or rows that are remembered."""
-    kept: list[str] = []
+    kept: list[str] | None = None
     """Candidates that were not to change, where only new ones were trained."""
     fresh: list[str] = []
     """Weights of the encoder that did not come with it."""
@@ -85,9 +87,9 @@ class Chooser(ABC):
         return most - (self.config.response_tokens + 1 if self.backbone.masked else 10)
 
     @property
-    def kept(self) -> list[str]:
-        """Candidates that training does not change."""
-        return []
+    def kept(self) -> list[str] | None:
+        """Candidates that training does not change, where only new ones learn."""
+        return None
 
     @abstractmethod
     def score(self, texts: Sequence[str]) -> Scored:
@@ -153,8 +155,7 @@ def reopened(config: RouterConfig, folder: Path, training_state: bool) -> Choose
     given = about.model_dump(exclude=STATE)
     chooser = _new(RouterConfig.model_validate(config.model_dump() | given | {"trained": str(folder)}), about)
     chooser.read(folder, about, training_state)
-    if training_state:
-        chooser.version = about.version
+    chooser.version = about.version
     return chooser
 
 
@@ -168,7 +169,9 @@ def _continued(config: RouterConfig, about: About) -> RouterConfig:
         given = getattr(config, name)
         if name in config.model_fields_set and given != saved:
             raise BadInput(f"{name}: got {given!r}, expected {saved!r}, which the router at {config.trained} has")
-    return config.model_copy(update=shape | {"candidates": config.candidates or about.candidates})
+    left_open = {"temperature", "neighbours", "max_tokens", "seed"} - config.model_fields_set
+    taken = shape | {name: getattr(about, name) for name in left_open}
+    return config.model_copy(update=taken | {"candidates": config.candidates or about.candidates})
 
 
 def _new(config: RouterConfig, about: About | None) -> Chooser:
@@ -180,6 +183,15 @@ def _new(config: RouterConfig, about: About | None) -> Chooser:
     if config.kind in FROM_MEMORY:
         return MemoryChooser(config, folder)
     return LearntChooser(config, folder, about.fresh if about is not None else None)
+
+
+def encoder_size(config: RouterConfig) -> int:
+    """Number of an encoder's weights, without loading them; 0 for kinds that have none. Raises BadInput."""
+    folder = Path(config.trained).expanduser() if config.trained else None
+    kind = read_about(folder).kind if folder else config.kind
+    if kind in ("best", "random"):
+        return 0
+    return outline_size(str(folder / ENCODER) if folder else encoder_source(config.model))
 
 
 def texts_of(rows: Sequence[RouteRow]) -> list[str]:

@@ -68,21 +68,21 @@ def masked_layout(query: Ids, answers: Sequence[Ids] | None, pool: int, size: in
     return _joined(rows)
 
 
-def causal_layout(query: Ids, answers: Sequence[Ids] | None, pool: int, end: int) -> Layout:
-    """The query, then for each candidate its own embedding and, to learn, its answer and the end token.
+def causal_layout(query: Ids, answers: Sequence[Ids] | None, pool: int) -> Layout:
+    """The query, then for each candidate its own embedding and, to learn, its answer with the end token.
 
     Every block begins at the position after the query and sees the query and itself, so that one row says what a row
     per candidate would. Each place predicts the next token of its answer.
     """
     rows = [query_layout(query)]
     for candidate in range(pool):
-        answer = np.append(answers[candidate], end) if answers else np.zeros(0, np.int64)
+        answer = answers[candidate] if answers else np.zeros(0, np.int64)
         labels = np.append(answer, NOTHING)
         slots = np.full(len(answer) + 1, NOTHING)
         slots[0] = candidate
         positions = len(query) + np.arange(len(answer) + 1)
         tokens = np.concatenate([[0], answer])
-        # Nobody predicts after the end token, so it need not be read.
+        # Nothing is predicted after the last token, so it need not be read.
         keep = slice(0, max(len(answer), 1))
         parts = (tokens, slots, np.full(len(tokens), candidate), positions, labels)
         rows.append(Layout(*(part[keep] for part in parts)))

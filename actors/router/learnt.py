@@ -51,7 +51,7 @@ class LearntChooser(Chooser):
             torch.manual_seed(config.seed)
             self.net = net_of(self._backbone, config).to(self._backbone.device)
         self.net.eval()
-        self._kept: list[int] = []
+        self._kept: list[int] | None = None
         """Candidates that are not to change, where only new ones learn."""
         self._embeddings: dict[str, torch.Tensor] = {}
         self._optimizer: torch.optim.AdamW | None = None
@@ -62,6 +62,8 @@ class LearntChooser(Chooser):
             return
         if isinstance(self.net, OnEmbeddings):
             self._backbone.requires_grad_(False)
+        elif self.config.trainer.gradient_checkpointing:
+            self._backbone.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self._trainer: TrainerConfig = self.config.trainer
         new = [p for name, p in self.net.named_parameters() if self._is_new(name) and p.requires_grad]
         known = {id(p) for p in new}
@@ -71,7 +73,8 @@ class LearntChooser(Chooser):
         self._optimizer = torch.optim.AdamW(
             [group for group in groups if group["params"]],
             betas=self._trainer.betas,
-            weight_decay=self._trainer.weight_decay,
+            # It would shrink what is to stay, gradient or not.
+            weight_decay=self._trainer.weight_decay if self._kept is None else 0.0,
         )
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
             self._optimizer, lambda step: rate_share(self._trainer, step)
@@ -83,9 +86,9 @@ class LearntChooser(Chooser):
         return not name.startswith(inside) or name.removeprefix(inside) in self._backbone.fresh
 
     @property
-    def kept(self) -> list[str]:
-        """Candidates that training does not change."""
-        return [self.names[i] for i in self._kept]
+    def kept(self) -> list[str] | None:
+        """Candidates that training does not change, where only new ones learn."""
+        return None if self._kept is None else [self.names[i] for i in self._kept]
 
     def counts(self) -> tuple[int, int]:
         """Number of weights, and of those that a step changes."""
@@ -168,9 +171,13 @@ class LearntChooser(Chooser):
                 f" {len(self.names)} candidates"
             )
         room = self.config.response_tokens
+        answers = [self._backbone.text(answer) for answer in row.answers]
         if not self._backbone.masked:
             room = max(0, min(room, min(self.config.max_tokens, self._backbone.context) - query - 2))
-        return [np.asarray(self._backbone.text(answer)[:room], np.int64) for answer in row.answers]
+            # One that is cut does not end there.
+            answers = [tokens if len(tokens) > room else [*tokens, self._backbone.end] for tokens in answers]
+            room += 1
+        return [np.asarray(tokens[:room], np.int64) for tokens in answers]
 
     def _accumulate(
         self,
@@ -260,7 +267,9 @@ class LearntChooser(Chooser):
 
     def _keep(self) -> None:
         """Where only new candidates learn, what belongs to the others gets no gradient."""
-        for name in self.net.per_candidate if self._kept else ():
+        if self._kept is None:
+            return
+        for name in self.net.per_candidate:
             gradient = self.net.get_parameter(name).grad
             if gradient is not None:
                 gradient[self._kept] = 0
@@ -270,6 +279,8 @@ class LearntChooser(Chooser):
         save_file(own, folder / WEIGHTS)
         if training_state and self._optimizer is not None:
             state = {"optimizer": self._optimizer.state_dict(), "schedule": self._schedule.state_dict()}
+            # In another batch, as padding has it, they would differ in the last bits.
+            state["embeddings"] = self._embeddings
             torch.save(state, folder / OPTIMIZER)
 
     def read(self, folder: Path, about: About, training_state: bool) -> None:
@@ -286,12 +297,14 @@ class LearntChooser(Chooser):
                         value[here] = saved[name][there]
                 else:
                     value.copy_(saved[name])
-            if training_state and about.kept:
+            if training_state and about.kept is not None:
                 self._freeze([self.names.index(name) for name in about.kept])
             if training_state and self._optimizer is not None:
                 state = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
                 self._optimizer.load_state_dict(state["optimizer"])
                 self._schedule.load_state_dict(state["schedule"])
+                device = self._backbone.device
+                self._embeddings = {text: vector.to(device) for text, vector in state["embeddings"].items()}
         except (OSError, ValueError, RuntimeError, KeyError, IndexError, SafetensorError) as error:
             raise Corrupt(f"{folder} does not hold the weights of this router: {error}") from error
         if self.config.learn == "new" and not training_state:

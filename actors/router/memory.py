@@ -70,7 +70,8 @@ class MemoryChooser(Chooser):
             means_KT = np.stack([_means(scores_NT[found.labels_ == k]) for k in range(count)])
             self._clusters = found.cluster_centers_, means_KT
         centres_KD, means_KT = self._clusters
-        distances_BK = ((embeddings_BD[:, None] - centres_KD[None]) ** 2).sum(-1)
+        # Of squared distances, what depends on the centre.
+        distances_BK = (centres_KD**2).sum(1)[None] - 2 * embeddings_BD @ centres_KD.T
         nearest: NDArray[np.float64] = means_KT[distances_BK.argmin(1)]
         return nearest
 
@@ -87,14 +88,12 @@ class MemoryChooser(Chooser):
 
     def learn(self, rows: Sequence[RouteRow]) -> RouteTrainResponse:
         """Remember rows; one that is known already is replaced."""
-        new = [row for row in rows if row.uid not in self._rows]
-        if new:
-            embeddings_BD, _ = self._embed(texts_of(new))
-            self._rows |= {row.uid: (embeddings_BD[i], np.array(row.scores)) for i, row in enumerate(new)}
-        self._rows |= {row.uid: (self._rows[row.uid][0], np.array(row.scores)) for row in rows}
+        new = len({row.uid for row in rows} - self._rows.keys())
+        embeddings_BD, _ = self._embed(texts_of(rows))
+        self._rows |= {row.uid: (embeddings_BD[i], np.array(row.scores)) for i, row in enumerate(rows)}
         self._clusters = None
         self.version = len(self._rows)
-        return RouteTrainResponse(loss=0.0, learnt=len(new), version=self.version)
+        return RouteTrainResponse(loss=0.0, learnt=new, version=self.version)
 
     def _write(self, folder: Path, training_state: bool) -> None:
         count, width = len(self._rows), self.backbone.width if self.backbone else 0

@@ -105,7 +105,7 @@ class CausalLookahead(Net):
 
     def layout(self, query: Ids, answers: Sequence[Ids] | None, rate: float) -> Layout:
         """The query, and per candidate its token and answer."""
-        return causal_layout(query, answers, self._pool, self.backbone.end)
+        return causal_layout(query, answers, self._pool)
 
     def forward(self, rows: Sequence[Layout]) -> Output:
         """Logits from the state at each candidate's token, and the loss of the answers after it."""

@@ -25,11 +25,10 @@ def qualities(
     """Quality per group, by name, and the mean over groups, with bootstrap intervals over queries."""
     scores_BT = np.array([row.scores for row in rows])
     got_B = np.array([s.mean() if c is None else s[c] for s, c in zip(scores_BT, choices, strict=True)])
-    groups, draws = [], []
+    groups, draws, rng = [], [], np.random.default_rng(seed)
     for name in sorted({row.group for row in rows}):
         own = np.array([row.group == name for row in rows])
         picked = [choice for choice, there in zip(choices, own, strict=True) if there]
-        rng = np.random.default_rng(seed)
         drawn = _resampled(got_B[own], scores_BT[own], rng)
         draws.append(drawn)
         groups.append(_quality(name, got_B[own], scores_BT[own], picked, prices_T, drawn))

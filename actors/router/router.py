@@ -2,13 +2,14 @@
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from actors.actor import Actor
 from actors.policy.weights import files_of
@@ -86,12 +87,12 @@ class RouterActor(Actor, RouterService):
         eligible(self._chooser.config.candidates, request.options)
         texts = [text_of(prompt) for prompt in request.prompts]
         chooser = self._chooser
-        routes = await self._run(lambda: _routes(chooser, texts, request.options))
+        routes, version = await self._run(lambda: (_routes(chooser, texts, request.options), chooser.version))
         named = zip(routes, request.prompts, strict=True)
         return RouteResponse(
             candidates=chooser.names,
             routes=[route.model_copy(update={"uid": prompt.uid}) for route, prompt in named],
-            version=chooser.version,
+            version=version,
         )
 
     async def train(self, request: RouteTrainRequest) -> RouteTrainResponse:
@@ -106,7 +107,9 @@ class RouterActor(Actor, RouterService):
         """Route queries whose scores are known."""
         chooser = self._chooser
         check_rows(request.rows, chooser.names)
-        return await self._run(lambda: _evaluated(chooser, request))
+        scored, version = await self._run(lambda: (_scored(chooser, _texts(request.rows)), chooser.version))
+        # Resampling takes a while, and routes are waiting for that thread.
+        return await asyncio.to_thread(_evaluated, chooser.config, request, scored.scores_BT, version)
 
     async def save(self, request: CheckpointRequest) -> CheckpointResponse:
         """Write a folder from which the router can be opened again, by `trained` or `load`."""
@@ -163,16 +166,18 @@ def _routes(chooser: Chooser, texts: list[str], options: RouteOptions) -> list[R
     return routes
 
 
-def _evaluated(chooser: Chooser, request: RouteEvaluateRequest) -> RouteEvaluateResponse:
-    pool = chooser.config.candidates
-    scores_BT = _scored(chooser, [text_of(row.prompt) for row in request.rows]).scores_BT
-    evaluations = []
+def _texts(rows: Sequence[RouteRow]) -> list[str]:
+    return [text_of(row.prompt) for row in rows]
+
+
+def _evaluated(
+    config: RouterConfig, request: RouteEvaluateRequest, scores_BT: NDArray[np.float64], version: int
+) -> RouteEvaluateResponse:
+    pool, evaluations = config.candidates, []
     for options in request.options or [RouteOptions()]:
         choices = [choose(scores_T, pool, options) for scores_T in scores_BT]
         groups, mean = qualities(request.rows, choices, prices_of(pool, options), request.seed)
         evaluations.append(RouteEvaluation(groups=groups, mean=mean))
     truth_BT = np.array([row.scores for row in request.rows])
-    bins, error = reliability(scores_BT, truth_BT, chooser.config.target)
-    return RouteEvaluateResponse(
-        evaluations=evaluations, reliability=bins, calibration_error=error, version=chooser.version
-    )
+    bins, error = reliability(scores_BT, truth_BT, config.target)
+    return RouteEvaluateResponse(evaluations=evaluations, reliability=bins, calibration_error=error, version=version)

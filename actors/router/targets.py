@@ -6,12 +6,6 @@ from numpy.typing import NDArray
 Scores = NDArray[np.float64]
 
 
-def min_max(scores: Scores) -> Scores:
-    """Scores brought to 0 .. 1, all together; 0 where all are equal."""
-    low, high = scores.min(), scores.max()
-    return np.zeros_like(scores) if high == low else (scores - low) / (high - low)
-
-
 def targets_of(scores_BT: Scores, share: float) -> Scores:
     """1 for each candidate whose score is at least `share` of its query's best, else 0: float64[B, T].
 

@@ -3,10 +3,10 @@
 import asyncio
 import json
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, TypeVar, cast
 
 from protocols.errors import BadInput, Unavailable
 from protocols.policy import (
@@ -46,6 +46,12 @@ ROUTE = "x-repertory-route"
 """Header, and key of gRPC's trailing metadata, that tells who answered and why."""
 
 
+LONGEST_TOLD = 1400
+"""Of a header, in characters; scores of a large pool are left out."""
+
+Result = TypeVar("Result")
+
+
 @dataclass
 class Decision:
     """Who is to answer a prompt: names from the best on, and who turned out to be down."""
@@ -83,7 +89,9 @@ class RoutedPolicy(PolicyService):
     def told(self) -> str:
         """The decision as JSON in ASCII; of several prompts how many went to whom, for headers are short."""
         if len(self.decisions) == 1:
-            return json.dumps(self.decisions[0].told())
+            told = self.decisions[0].told()
+            whole = json.dumps(told)
+            return whole if len(whole) <= LONGEST_TOLD else json.dumps(told | {"scores": {}})
         down = sorted({name for decision in self.decisions for name in decision.down})
         return json.dumps({"prompts": Counter(decision.model for decision in self.decisions), "down": down})
 
@@ -110,7 +118,7 @@ class RoutedPolicy(PolicyService):
             for i, decision in enumerate(decisions):
                 if i not in results:
                     shares.setdefault(decision.model, []).append(i)
-            for found in await asyncio.gather(*(self._share(request, *share) for share in shares.items())):
+            for found in await together([self._share(request, *share) for share in shares.items()]):
                 results |= found
         return SampleResponse(results=[results[i] for i in range(len(decisions))])
 
@@ -160,12 +168,16 @@ class RoutedPolicy(PolicyService):
         """Text of tokens that the first prompt's policy has drawn."""
         if not self.decisions:
             raise BadInput(f"{AUTO}: tokens have no text before a policy is chosen; expected a model's name")
-        return await self._policies[self.decisions[0].model].detokenize(request)
+        models = {decision.model for decision in self.decisions}
+        if len(models) > 1:
+            raise BadInput(f"logprobs: {AUTO} gives them for prompts of one policy; these went to {len(models)}")
+        return await self._policies[models.pop()].detokenize(request)
 
     async def info(self, request: Empty) -> PolicyInfo:
         """What holds whoever is chosen: the shortest context."""
-        found, why = [], ""
-        for policy in self._policies.values():
+        found, why = [], "none of the router's candidates is served here"
+        pool = {one.name for one in (await self._router.info(request)).candidates}
+        for policy in (policy for name, policy in self._policies.items() if name in pool):
             try:
                 found.append(await policy.info(request))
             except Unavailable as error:
@@ -210,6 +222,17 @@ class RoutedPolicy(PolicyService):
     async def drain(self, request: Empty) -> Empty:
         """Not of a chosen one."""
         raise _refused("drain")
+
+
+async def together(work: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]:
+    """The results of calls side by side; if one fails the others are ended, for nobody waits for them any more."""
+    tasks = [asyncio.ensure_future(one) for one in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _refused(method: str) -> BadInput:

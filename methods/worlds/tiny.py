@@ -1,5 +1,6 @@
 """Small models over a few dozen words, without weights: encoders and policies of built-in worlds."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,11 @@ def write_tiny(folder: Path, words: Sequence[str], *, width: int, masked: bool, 
     else:
         config = LlamaConfig(**shape, tie_word_embeddings=True)
         config.architectures = ["LlamaForCausalLM"]
+    staging = folder.with_name(f".{folder.name}.{os.getpid()}")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=CHAT, **special).save_pretrained(staging)
+    config.save_pretrained(staging)
     folder.mkdir(parents=True, exist_ok=True)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=CHAT, **special).save_pretrained(folder)
-    config.save_pretrained(folder)
+    # Another run may be reading the same files.
+    for file in staging.iterdir():
+        os.replace(file, folder / file.name)
+    staging.rmdir()

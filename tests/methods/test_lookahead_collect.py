@@ -121,6 +121,36 @@ async def test_a_line_that_was_cut_off_is_asked_again(collected: Collect, pool: 
     assert pool.asked("other")[10:] == ["q9"]
 
 
+async def test_any_character_is_kept(collected: Collect, pool: Pool) -> None:
+    """Line and paragraph separators of Unicode end no line of a file."""
+    said = "one\u2028two\u2029three\x85four"
+    for _ in range(2):
+        pool.policy("other").write = lambda call: said
+        answered = await collected("right", "other")
+        assert [row[1] for row in answered.answers] == [said] * 10
+    assert len(pool.asked("other")) == 10
+
+
+async def test_training_alone_asks_nobody(collected: Collect, pool: Pool) -> None:
+    await collected("right", "other")
+    with pytest.raises(BadInput, match=r"answers are missing \(10 of new\) in .*; run stage=collect first"):
+        await collected("right", "other", "new", stage="train")
+    assert "new" not in pool.policies
+    assert (await collected("right", "other", stage="train")).models == ["right", "other"]
+
+
+async def test_two_runs_do_not_write_the_same_file(collected: Collect, tmp_path: Path) -> None:
+    await collected("right", "other", queries=QUERIES)
+    file = next((tmp_path / "collections").glob("*/right.jsonl"))
+    file.write_text("")
+    with (
+        lookahead_collect.held(file),
+        pytest.raises(BadInput, match="is being written by another process"),
+    ):
+        await collected("right", "other")
+    assert (await collected("right", "other")).scores[0] == [1.0, 0.0]
+
+
 async def test_answers_that_were_made_in_another_way_are_not_mixed(collected: Collect, tmp_path: Path) -> None:
     kept = {"queries": ["x"], "batch": 4, "collection": str(tmp_path / "kept")}
     await collected("right", "other", data=kept)

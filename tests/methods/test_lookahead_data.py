@@ -94,6 +94,13 @@ def test_scores_are_brought_to_one_scale_within_each_source(tmp_path: Path) -> N
     assert [row.scores for row in rows] == [[0, 1], [0.5, 0.75], [0, 1], [0, 0]]
 
 
+def test_scores_on_worked_numbers(tmp_path: Path) -> None:
+    """Section 5.5: all candidates of a source together."""
+    five = {"models": list("abcde"), "responses": list("vwxyz"), "scores": [0.2, 0.9, 0.75, 0.1, 0.6]}
+    (row,) = rows_of(read_answered(DataConfig(collected=[written(tmp_path / "data.jsonl", ROW | five)])))
+    np.testing.assert_allclose(row.scores, [0.125, 1, 0.8125, 0, 0.625])
+
+
 def test_the_split_does_not_depend_on_other_rows(tmp_path: Path) -> None:
     config = many(tmp_path, 400)
     answered = read_answered(config)
@@ -137,6 +144,11 @@ def test_too_little_data_is_said(tmp_path: Path) -> None:
         ({"data": {"queries": ["x"]}}, "pool: got 0 models, expected at least two"),
         ({"world": "skills", "pool": {"a": {}, "b": {}}}, r"pool: it answers data\.queries"),
         ({"world": "skills", "router": {"candidates": [{"name": "a"}]}}, r"router\.candidates"),
+        ({"world": "skills", "data": {"models": ["a"]}}, r"they are of data\.collected"),
+        ({"data": {"queries": ["x"]}, "pool": {"org/m": {}, "b": {}}}, r"pool: got the name 'org/m'"),
+        ({"data": {"queries": ["x"]}, "pool": {"auto": {}, "b": {}}}, r"pool: got the name 'auto'"),
+        ({"data": {"test_one_in": 4}}, "expected one to be odd"),
+        ({"world": "skills", "price_weights": [-1]}, "greater than or equal to 0"),
         ({"world": "skills", "stage": "evaluate"}, r"router\.trained: expected the folder"),
         ({"world": "skills", "router": {"trainer": None}}, r"router\.trainer: expected one"),
         (

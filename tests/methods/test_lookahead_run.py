@@ -81,8 +81,41 @@ async def test_kinds_that_remember_take_one_step(run: Run) -> None:
     done = await run("knn", "kind=knn", "router.neighbours=5")
     assert [row["step"] for row in done.rows] == [0, 1]
     same = await run("best", "kind=best")
-    always = {name: one["mean"]["router"] for name, one in same.evaluation["models"].items()}
-    assert same.evaluation["router"]["mean"]["router"] in always.values()
+    shares = same.evaluation["router"]["mean"]["shares"]
+    assert sorted(shares) == [0, 0, 0, 1]
+    # It is the one that has learnt, even where the one that has not would do as well.
+    for one in (done, same):
+        assert json.loads((one.folder / "router" / "router.json").read_text())["version"] == 96
+
+
+async def test_a_stage_for_training_alone(run: Run) -> None:
+    done = await run("train", "stage=train")
+    assert len(done.rows) == 7 and "evaluation" not in vars(done)
+    assert (done.folder / "router" / "router.json").is_file()
+    whole = await run("whole")
+    tested = await run("test", "stage=evaluate", f"router.trained={done.folder / 'router'}")
+    assert tested.evaluation == whole.evaluation
+    # What a router is made like is taken from its folder.
+    bare = [word for word in SMALL if not word.startswith("router.")]
+    linear = await run("linear", "kind=linear", "router.hidden=8", "router.max_tokens=50")
+    again = await run("again", "stage=evaluate", f"router.trained={linear.folder / 'router'}", base=bare)
+    assert again.evaluation == linear.evaluation
+
+
+async def test_where_nothing_can_be_won_the_last_router_is_kept(run: Run, tmp_path: Path) -> None:
+    await run("skills", "steps=1")
+    rows = [
+        {"id": str(i), "instruction": f"{i % 10}", "models": ["a", "b"], "responses": ["a", "b"], "scores": [1, 1]}
+        for i in range(60)
+    ]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [
+        "wandb=disabled", "steps=4", "test_every=2", f"data.collected=[{data}]", "data.drop_ties=false",
+        f"router.model={tmp_path / 'bases' / 'skills-masked-0.05'}", "router.init=random", "router.response_tokens=2",
+    ]  # fmt: skip
+    done = await run("even", base=words)
+    assert json.loads((done.folder / "router" / "router.json").read_text())["version"] == 4
 
 
 async def test_prices_make_a_curve(run: Run, tmp_path: Path) -> None:
@@ -116,10 +149,11 @@ async def test_three_small_policies_and_their_router(run: Run) -> None:
     alone = [one["mean"]["router"] for one in done.evaluation["models"].values()]
     assert router["router"] > max(alone) + 0.1
     assert router["normalised"] > 80
-    # Asked again, the pool's answers are there.
-    again = await run("again", base=["world=trades", "wandb=disabled", "trade_queries=300", "stage=collect"])
-    assert "training" in again.summary["title"]
-    assert not [row for row in again.rows if row["step"] > 0]
+    # The pool's answers are there, so nobody is asked, or even loaded, again.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Cluster, "policy", None)
+        again = await run("again", base=["world=trades", "wandb=disabled", "trade_queries=300", "stage=collect"])
+    assert "training" in again.summary["title"] and again.rows == []
 
 
 def test_a_typo_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,8 @@ from transformers import (
 )
 
 from actors.router import backbone as backbone_module
-from actors.router.backbone import encoder_size, encoder_source, is_masked, load_backbone
+from actors.router.backbone import encoder_source, is_masked, load_backbone
+from actors.router.chooser import encoder_size
 from actors.router.learnt import LearntChooser
 from protocols.errors import BadInput
 from protocols.router import RouteRow

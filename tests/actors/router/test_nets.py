@@ -66,24 +66,24 @@ def test_answers_that_are_visible_do_change_it(configure: Configure) -> None:
 def test_one_packed_row_says_what_a_row_per_candidate_does(configure: Configure) -> None:
     """Section 2.4: block mask and shared positions, against the model's own causal attention over one candidate."""
     made = chooser(configure("causal"))
-    net, model, end = made.net, made._backbone.model, made._backbone.end
+    net, model = made.net, made._backbone.model
     assert isinstance(net, CausalLookahead)
     for row in world_rows(4):
         query, _ = made._backbone.query(row.prompt.text or "", made.limit)
         answers = made._answers(row, len(query))
         answers[1] = answers[1][:2]  # of different lengths
         with torch.no_grad():
-            packed = net([causal_layout(query, answers, 4, end)])
-            served = net([causal_layout(query, None, 4, end)])
+            packed = net([causal_layout(query, answers, 4)])
+            served = net([causal_layout(query, None, 4)])
             own, loss = [], 0.0
             for t, answer in enumerate(answers):
-                tokens = torch.tensor([[*query, 0, *answer]])
+                tokens = torch.tensor([[*query, 0, *answer[:-1]]])
                 embeds = model.get_input_embeddings()(tokens)
                 embeds[0, len(query)] = net.slots[t]
                 states = model.base_model(inputs_embeds=embeds).last_hidden_state
                 own.append(net.out(states[0, len(query)]).item())
                 predicted = torch.log_softmax(model.lm_head(states)[0, len(query) :], -1)
-                loss -= sum(predicted[i, token].item() for i, token in enumerate([*answer, end]))
+                loss -= sum(predicted[i, token].item() for i, token in enumerate(answer))
         np.testing.assert_allclose(packed.logits_BT[0].numpy(), own, rtol=1e-6, atol=1e-6)
         np.testing.assert_allclose(served.logits_BT[0].numpy(), own, rtol=1e-6, atol=1e-6)
         assert packed.response_loss is not None

@@ -12,23 +12,21 @@ from actors.router import losses
 from actors.router.decide import choose
 from actors.router.layout import NOTHING, causal_layout, mask_rate, masked_count, masked_layout
 from actors.router.quality import normalised, qualities, reliability
-from actors.router.targets import min_max, targets_of, weights_of
+from actors.router.targets import targets_of, weights_of
 from protocols.errors import BadInput
 from protocols.messages import Prompt
 from protocols.router import Candidate, RouteOptions, RouteRow
 
-SCORES = np.array([0.2, 0.9, 0.75, 0.1, 0.6])
+# [.2, .9, .75, .1, .6] brought to 0 .. 1
+SCALED = np.array([0.125, 1, 0.8125, 0, 0.625])
 LOGITS = torch.tensor([[0.5, 1, -0.3, -1, 0], [0.0] * 5, [2, -1, 0.5, 0, -2]])
 POOL = [Candidate(name=name, price=price) for name, price in (("a", 5.0), ("b", 1.0), ("c", 3.0))]
 
 
 def test_scores_become_targets() -> None:
-    scaled = min_max(SCORES)
-    np.testing.assert_allclose(scaled, [0.125, 1, 0.8125, 0, 0.625])
-    assert targets_of(scaled[None], 0.8).tolist() == [[0, 1, 1, 0, 0]]
+    assert targets_of(SCALED[None], 0.8).tolist() == [[0, 1, 1, 0, 0]]
     assert targets_of(np.zeros((1, 5)), 0.8).tolist() == [[1] * 5]
     assert targets_of(np.array([[1.0, 1, 0, 1, 0]]), 0.8).tolist() == [[1, 1, 0, 1, 0]]
-    assert min_max(np.full(3, 0.4)).tolist() == [0, 0, 0]
 
 
 def test_a_dead_zone_leaves_out_rows_that_hardly_differ() -> None:
@@ -38,12 +36,11 @@ def test_a_dead_zone_leaves_out_rows_that_hardly_differ() -> None:
 
 
 def test_losses_of_the_choice() -> None:
-    scaled = min_max(SCORES)
-    targets = torch.tensor(targets_of(np.array([scaled, np.zeros(5), [1, 1, 0, 1, 0]]), 0.8))
+    targets = torch.tensor(targets_of(np.array([SCALED, np.zeros(5), [1, 1, 0, 1, 0]]), 0.8))
     bce = losses.bce(LOGITS, targets.float())
     assert bce[0].item() == pytest.approx(0.629621, abs=1e-6)
     assert bce.mean().item() == pytest.approx(0.656546, abs=1e-6)
-    kl = losses.forward_kl(LOGITS[:1], torch.tensor(scaled, dtype=torch.float32)[None], 0.1)
+    kl = losses.forward_kl(LOGITS[:1], torch.tensor(SCALED, dtype=torch.float32)[None], 0.1)
     assert kl.item() == pytest.approx(0.573746, abs=1e-6)
 
 
@@ -116,12 +113,12 @@ def test_what_is_masked_is_predicted_and_the_rest_is_there(
 
 
 def test_a_causal_row_predicts_answers_and_their_end() -> None:
-    row = causal_layout(np.array([7, 8]), [np.array([4, 5]), np.array([], np.int64)], pool=2, end=2)
+    row = causal_layout(np.array([7, 8]), [np.array([4, 5, 2]), np.array([2])], pool=2)
     assert row.tokens.tolist() == [7, 8, 0, 4, 5, 0]
     assert row.slots.tolist() == [-1, -1, 0, -1, -1, 1]
     assert row.labels.tolist() == [-1, -1, 4, 5, 2, 2]
     assert row.positions.tolist() == [0, 1, 2, 3, 4, 2]
-    served = causal_layout(np.array([7, 8]), None, pool=2, end=2)
+    served = causal_layout(np.array([7, 8]), None, pool=2)
     assert served.slots.tolist() == [-1, -1, 0, 1] and served.positions.tolist() == [0, 1, 2, 2]
     assert served.predicted == 0
 

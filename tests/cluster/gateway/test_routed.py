@@ -13,20 +13,23 @@ from openai import AsyncOpenAI
 
 from actors.router.router import RouterActor
 from cluster.gateway.gateway import Gateway
+from cluster.gateway.routed import Decision, RoutedPolicy
 from cluster.inline import InlineTransport
-from protocols.errors import Unavailable
+from protocols.errors import BadInput, Unavailable
 from protocols.handle import make_handle
 from protocols.messages import FinishReason, Prompt
 from protocols.policy import DetokenizeResponse, Sampled, SampleRequest, SampleResponse, TokenizeResponse
 from protocols.router import (
+    Candidate,
     Route,
     RouterConfig,
     RouteRequest,
     RouteResponse,
+    RouterInfo,
     RouterService,
 )
 from protocols.service import Empty, Message, Method, Service
-from protocols.wire import to_bytes
+from protocols.wire import from_bytes, to_bytes
 from tests.cluster.gateway.scripted import ANSWERS, COMPLETION, DELTA, Scripted, a_gateway, a_handle, counters, raw
 
 CHAT: list[Any] = [{"role": "user", "content": "math"}]
@@ -38,6 +41,12 @@ class ByWord(RouterActor):
 
     async def setup(self) -> None:
         pass
+
+    async def info(self, request: Empty) -> RouterInfo:
+        return RouterInfo(
+            kind="best", model="", masked=False, candidates=[Candidate(name=name) for name in "abc"], parameters=0,
+            trainable_parameters=0, max_tokens=9, version=0,
+        )  # fmt: skip
 
     async def route(self, request: RouteRequest) -> RouteResponse:
         routes = []
@@ -119,8 +128,6 @@ async def test_another_one_answers_if_the_choice_is_down(
 async def test_an_error_of_the_request_is_not_taken_elsewhere(
     client: AsyncOpenAI, policies: dict[str, Named]
 ) -> None:
-    from protocols.errors import BadInput
-
     policies["a"].error = BadInput("too long")
     with pytest.raises(openai.BadRequestError, match="too long"):
         await asked(client, "math")
@@ -164,12 +171,35 @@ async def test_log_probs_are_in_the_words_of_who_answered(client: AsyncOpenAI) -
     assert [token.token for token in answer.choices[0].logprobs.content] == ["b"]
 
 
+async def test_log_probs_of_several_policies_would_be_in_the_wrong_words(client: AsyncOpenAI) -> None:
+    given: dict[str, Any] = {"model": "auto", "logprobs": 1}
+    answer = await client.completions.create(prompt=["code", "else"], **given)
+    assert [choice.logprobs.tokens for choice in answer.choices if choice.logprobs] == [["b"], ["b"]]
+    with pytest.raises(openai.BadRequestError, match="for prompts of one policy; these went to 2"):
+        await client.completions.create(prompt=["code", "math"], **given)
+
+
+async def test_a_call_that_fails_leaves_none_behind(client: AsyncOpenAI, policies: dict[str, Named]) -> None:
+    policies["a"].error, policies["b"].waits = BadInput("too long"), True
+    with pytest.raises(openai.BadRequestError, match="too long"):
+        await client.completions.create(model="auto", prompt=["math", "code"])
+    await policies["b"].cancelled.acquire()
+
+
+def test_the_scores_of_a_large_pool_do_not_fill_the_header() -> None:
+    names = [f"model-{i}" for i in range(200)]
+    policy = RoutedPolicy(None, {})  # type: ignore[arg-type]
+    policy.decisions = [Decision(names, dict.fromkeys(names, 0.5))]
+    assert json.loads(policy.told()) == {"model": "model-0", "scores": {}, "down": []}
+
+
 async def test_the_grpc_door_routes_as_well(gateway: Gateway, policies: dict[str, Named]) -> None:
     request = to_bytes(SampleRequest(prompts=[Prompt(text="math")]))
     actor = (("repertory-actor", "auto"),)
     async with raw(gateway) as send:
         call = send("PolicyService/Sample", request, actor)
-        assert b"\n\x01a" in await call or b"a" in await call
+        (result,) = from_bytes(SampleResponse, await call).results
+        assert result.completions[0].text == "a"
         trailing = dict(await call.trailing_metadata())
         assert json.loads(trailing["x-repertory-route"])["model"] == "a"
         assert await send("PolicyService/Stream", request, actor)
@@ -215,5 +245,5 @@ async def test_a_pool_that_is_not_here_is_said(policies: dict[str, Named], tmp_p
         a_gateway(handles, tmp_path, http="127.0.0.1:0") as gateway,
         AsyncOpenAI(api_key="none", base_url=gateway.base_url, max_retries=0) as client,
     ):
-        with pytest.raises(openai.InternalServerError, match="none of a, b, c is served here"):
+        with pytest.raises(openai.InternalServerError, match="none of the router's candidates is served here"):
             await client.chat.completions.create(model="auto", messages=CHAT)
