@@ -86,6 +86,9 @@ async def run(cluster: Cluster, config: Config) -> None:
         best = folder / "routers" / f"step-{state.best_step:06d}"
         await router.load(CheckpointRequest(path=str(best), training_state=False))
         await kept(router, folder / "router")
+        for other in (folder / "routers").iterdir():
+            if other != best:
+                shutil.rmtree(other)
     if config.stage == "train":
         cluster.summarize(collected(data))
         return
