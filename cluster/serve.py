@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from cluster.cluster import Cluster
 from cluster.config import MethodConfig
 from cluster.gateway.config import GatewayConfig
+from cluster.gateway.routed import AUTO
 from cluster.gateway.running import SERVING
 from protocols.model import ModelConfig
 from protocols.policy import PolicyConfig
@@ -16,6 +17,9 @@ from protocols.questioner import QuestionerConfig
 from protocols.reward_model import RewardModelConfig
 from protocols.router import RouterConfig
 from protocols.verifier import VerifierConfig
+
+TAKEN = {AUTO, "policy", "questioner", "reward_model", "router", "verifier"}
+"""Names that no policy of the pool may have."""
 
 
 class ServedGateway(GatewayConfig):
@@ -66,6 +70,13 @@ class Config(MethodConfig):
             return given
         members = {name: one for name, one in given.items() if isinstance(one, Mapping)}
         return {**given, **{name: {"trainer": None, **one} for name, one in members.items()}}
+
+    @model_validator(mode="after")
+    def _names_are_free(self) -> Self:
+        taken = sorted(TAKEN & self.pool.keys())
+        if taken:
+            raise ValueError(f"pool: got the name {taken[0]!r}, which is taken; expected another")
+        return self
 
     @model_validator(mode="after")
     def _attached_through_ray(self) -> Self:

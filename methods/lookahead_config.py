@@ -20,7 +20,7 @@ PRESETS = Path(__file__).parent / "presets"
 
 
 Price = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-TAKEN = ("auto", "policy", "pool-reward", "router")
+TAKEN = ("auto", "policy", "pool-reward", "questioner", "reward_model", "router", "verifier")
 """Names that no model of a pool may have."""
 
 

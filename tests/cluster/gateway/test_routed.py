@@ -12,6 +12,7 @@ import pytest
 from openai import AsyncOpenAI
 
 from actors.router.router import RouterActor
+from cluster import serve
 from cluster.gateway.gateway import Gateway
 from cluster.gateway.routed import Decision, RoutedPolicy
 from cluster.inline import InlineTransport
@@ -247,3 +248,13 @@ async def test_a_pool_that_is_not_here_is_said(policies: dict[str, Named], tmp_p
     ):
         with pytest.raises(openai.InternalServerError, match="none of the router's candidates is served here"):
             await client.chat.completions.create(model="auto", messages=CHAT)
+
+
+def test_what_serves_does_not_learn_unless_told_to() -> None:
+    given = {"pool": {"a": {}, "b": {"trainer": {}}}, "router": {"trained": "x"}}
+    config = serve.Config.model_validate(given)
+    assert config.pool["a"].trainer is None and config.pool["b"].trainer is not None
+    assert config.router is not None and config.router.trainer is None
+    for name in ("auto", "policy"):
+        with pytest.raises(ValueError, match=f"pool: got the name '{name}', which is taken"):
+            serve.Config.model_validate({"pool": {name: {}}})
