@@ -147,7 +147,7 @@ def reward_processes(name: str, config: RewardModelConfig, size: Size) -> Iterat
         yield Process(name, own.cpus, own.gpus, _in_gib(reference), computes_on=config.device)
 
 
-def router_process(name: str, config: RouterConfig) -> Iterator[Process]:
+def router_processes(name: str, config: RouterConfig) -> Iterator[Process]:
     """The processes of a router: its encoder, and what training it takes."""
     own = config.resources
     size = encoder_size(config)
@@ -284,7 +284,7 @@ def plan(config: MethodConfig, models: Mapping[str, ModelConfig], nodes: Sequenc
         if isinstance(model, RewardModelConfig):
             wanted += reward_processes(name, model, size_of(model))
         elif isinstance(model, RouterConfig):
-            wanted += router_process(name, model)
+            wanted += router_processes(name, model)
         elif isinstance(model, PolicyConfig) and model.at is None:
             wanted += processes(name, model, size_of(model))
     return place(wanted, nodes, inline=config.transport == "inline")

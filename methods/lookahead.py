@@ -29,6 +29,7 @@ from protocols.router import (
     Candidate,
     RouteEvaluateRequest,
     RouterConfig,
+    RouteRow,
     RouterService,
     RouteTrainRequest,
 )
@@ -62,13 +63,7 @@ async def run(cluster: Cluster, config: Config) -> None:
 
     async for step in cluster.steps(state, first=0):
         if step.index > 0:
-            rows = dealt(data.train, step.index - 1, config.queries_per_step, derive_seed(config.seed, "order"))
-            if config.router.kind in FROM_MEMORY:
-                rows = data.train
-            report = await router.train(RouteTrainRequest(rows=rows))
-            losses = {"loss": report.loss, "grad_norm": report.grad_norm, "lr": report.learning_rate}
-            step.log({f"train/{name}": value for name, value in (losses | report.metrics).items()})
-            step.log({f"dropped/{reason.replace(' ', '_')}": n for reason, n in report.dropped.items()})
+            step.log(await trained(router, batch(data, step.index, config)))
         if step.index % config.test_every == 0 or step.index == config.steps:
             step.activity(f"routing {len(data.validation)} validation queries")
             metrics = await validated(router, data, config.seed)
@@ -80,12 +75,12 @@ async def run(cluster: Cluster, config: Config) -> None:
             may_win = step.index > 0 or bool(config.router.trained)
             if may_win and (state.best is None or score > state.best):
                 state.best, state.best_step = score, step.index
-                await kept(router, folder / "routers" / f"step-{step.index:06d}")
+                await write(router, folder / "routers" / f"step-{step.index:06d}")
 
     if config.stage != "evaluate":
         best = folder / "routers" / f"step-{state.best_step:06d}"
         await router.load(CheckpointRequest(path=str(best), training_state=False))
-        await kept(router, folder / "router")
+        await write(router, folder / "router")
         for other in (folder / "routers").iterdir():
             if other != best:
                 shutil.rmtree(other)
@@ -98,7 +93,7 @@ async def run(cluster: Cluster, config: Config) -> None:
     cluster.summarize(summary(config, data, tested, state.best_step))
 
 
-async def kept(router: RouterService, folder: Path) -> None:
+async def write(router: RouterService, folder: Path) -> None:
     """Write the router into a folder that is there as a whole or not at all."""
     staging = folder.with_name(f".{folder.name}")
     shutil.rmtree(staging, ignore_errors=True)
@@ -144,6 +139,21 @@ def router_config(cluster: Cluster, config: Config, prices: dict[str, float]) ->
     # What is as the defaults are counts as left open: a router that goes on has its own.
     chosen = {name: value for name, value in config.router if value != getattr(RouterConfig(), name)}
     return RouterConfig.model_validate(chosen | given | {"seed": config.seed})
+
+
+def batch(data: Split, step: int, config: Config) -> list[RouteRow]:
+    """The rows of a step: all of them once per epoch in a fresh random order, or all at once to be remembered."""
+    if config.router.kind in FROM_MEMORY:
+        return data.train
+    return dealt(data.train, step - 1, config.queries_per_step, derive_seed(config.seed, "order"))
+
+
+async def trained(router: RouterService, rows: list[RouteRow]) -> dict[str, float]:
+    """One optimiser step (section 2.3)."""
+    report = await router.train(RouteTrainRequest(rows=rows))
+    losses = {"loss": report.loss, "grad_norm": report.grad_norm, "lr": report.learning_rate}
+    metrics = {f"train/{name}": value for name, value in (losses | report.metrics).items()}
+    return metrics | {f"dropped/{reason.replace(' ', '_')}": count for reason, count in report.dropped.items()}
 
 
 async def validated(router: RouterService, data: Split, seed: int) -> dict[str, float]:

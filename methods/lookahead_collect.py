@@ -4,7 +4,6 @@ Each model has a file of its own in the collection, a line per query, so that a 
 and a smaller one nobody.
 """
 
-import asyncio
 import fcntl
 import hashlib
 import json
@@ -18,6 +17,7 @@ from cluster.cluster import Cluster
 from cluster.progress import Progress
 from cluster.run_directory import write_atomically
 from cluster.seeds import derive_seed
+from cluster.together import together
 from methods.lookahead_config import Config, Member
 from methods.lookahead_data import Answered, Query, prompt_of
 from protocols.errors import BadInput, Corrupt
@@ -52,19 +52,14 @@ async def collect(cluster: Cluster, config: Config, queries: Sequence[Query], po
         folder.mkdir(parents=True, exist_ok=True)
         title = f"collecting from {', '.join(asked)}"
         with ExitStack() as locks, cluster.progress(title, calls) as progress:
-            tasks = []
+            work = []
             for name, left in asked.items():
                 write_atomically(folder / f"{name}.json", json.dumps(how(config, pool[name]), indent=1))
                 file = folder / f"{name}.jsonl"
                 locks.callback(held(file).close)
-                one = _ask(policies[name], reward, config, left, file, kept[name], progress)
-                tasks.append(asyncio.ensure_future(one))
-            try:
-                await asyncio.gather(*tasks)
-            finally:
-                # One that fails ends the others; what was written stays.
-                for task in tasks:
-                    task.cancel()
+                work.append((policies[name], reward, config, left, file, kept[name], progress))
+            # One that fails ends the others; what was written stays.
+            await together([_ask(*one) for one in work])
         for name in asked if config.gateway is None else ():
             await cluster.stop(name)
         await cluster.stop("pool-reward")

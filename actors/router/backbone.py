@@ -92,7 +92,7 @@ class Backbone(torch.nn.Module):
         mask = self.tokenizer.mask_token_id
         return self.embeddings[mask] if mask is not None else self.embeddings.mean(0)
 
-    def check_blocks(self, apart: bool) -> None:
+    def check_blocks(self, *, apart: bool) -> None:
         """Raise BadInput if rows of several blocks would not mean what they should to this model."""
         config = self.model.config.get_text_config()
         windows = "sliding_attention" in (getattr(config, "layer_types", None) or [])

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from actors.router.backbone import Backbone, encoder_source, outline_size, text_of
 from protocols.errors import BadInput, Corrupt
-from protocols.router import Candidate, Kind, RouterConfig, RouteRow, RouteTrainResponse
+from protocols.router import FROM_MEMORY, Candidate, Kind, RouterConfig, RouteRow, RouteTrainResponse
 from protocols.service import Message
 
 ABOUT = "router.json"
@@ -177,7 +177,6 @@ def _continued(config: RouterConfig, about: About) -> RouterConfig:
 def _new(config: RouterConfig, about: About | None) -> Chooser:
     from actors.router.learnt import LearntChooser
     from actors.router.memory import MemoryChooser
-    from protocols.router import FROM_MEMORY
 
     folder = Path(config.trained).expanduser() / ENCODER if about is not None else None
     if config.kind in FROM_MEMORY:

@@ -17,7 +17,7 @@ from actors.router import losses
 from actors.router.backbone import Backbone, load_backbone
 from actors.router.chooser import About, Chooser, Scored, matched, texts_of
 from actors.router.layout import Ids, Layout, mask_rate, query_layout
-from actors.router.nets import Net, OnEmbeddings, Output, mean_states, net_of
+from actors.router.nets import Net, OnEmbeddings, Output, embedded, in_groups, net_of
 from actors.router.targets import targets_of, weights_of
 from protocols.errors import BadInput, Corrupt, Stale
 from protocols.model import TrainerConfig
@@ -26,8 +26,6 @@ from protocols.router import RouterConfig, RouteRow, RouteTrainResponse
 WEIGHTS, OPTIMIZER = "router.safetensors", "trainer.pt"
 SIGMOID = ("lookahead", "classifier", "mlp", "linear")
 """Kinds whose logits stand for one candidate each; those of the others compete."""
-SCORING_TOKENS = 8192
-"""Tokens, padding included, that are scored at once."""
 SIDES = 3
 """Of router_dc: most candidates on either side."""
 
@@ -100,23 +98,17 @@ class LearntChooser(Chooser):
     def score(self, texts: Sequence[str]) -> Scored:
         """Probabilities of each candidate."""
         queries = [self._backbone.query(text, self.limit) for text in texts]
-        logits_BT = np.zeros((len(texts), len(self.names)))
-        for group, output in self._outputs([self._row(query) for query, _ in queries]):
-            logits_BT[group] = output.logits_BT.cpu().numpy()
-        logits = torch.from_numpy(logits_BT)
+        logits = self._logits([query for query, _ in queries]).double().cpu()
         scores = logits.sigmoid() if self.config.kind in SIGMOID else logits.softmax(1)
         return Scored(scores.numpy(), [cut for _, cut in queries])
 
-    def _row(self, query: Ids) -> Layout:
-        return self.net.layout(query, None, 1.0) if isinstance(self.net, Net) else query_layout(query)
-
-    def _outputs(self, rows: Sequence[Layout]) -> Iterator[tuple[list[int], Output]]:
-        for group in by_length([len(row) for row in rows], SCORING_TOKENS):
-            chosen = [rows[i] for i in group]
-            if isinstance(self.net, OnEmbeddings):
-                yield group, self.net(mean_states(self._backbone, chosen))
-            else:
-                yield group, self.net(chosen)
+    def _logits(self, queries: Sequence[Ids]) -> torch.Tensor:
+        """Logits of each candidate, float32[B, T]."""
+        if isinstance(self.net, OnEmbeddings):
+            states_BD = embedded(self._backbone, [query_layout(query) for query in queries])
+            return self.net(states_BD).logits_BT  # type: ignore[no-any-return]
+        layout, net = self.net.layout, self.net
+        return in_groups([layout(query, None, 1.0) for query in queries], lambda rows: net(rows).logits_BT)
 
     def learn(self, rows: Sequence[RouteRow]) -> RouteTrainResponse:
         """One optimiser step. Raises Stale without a trainer, BadInput where answers are missing."""
@@ -218,9 +210,8 @@ class LearntChooser(Chooser):
         self._backbone.eval()
         new = dict(zip(texts_of(rows), layouts, strict=True))
         left = [text for text in new if text not in self._embeddings]
-        for group in by_length([len(new[text]) for text in left], SCORING_TOKENS):
-            states_BD = mean_states(self._backbone, [new[left[i]] for i in group])
-            self._embeddings.update(zip((left[i] for i in group), states_BD, strict=True))
+        if left:
+            self._embeddings.update(zip(left, embedded(self._backbone, [new[text] for text in left]), strict=True))
         return torch.stack([self._embeddings[text] for text in texts_of(rows)])
 
     def _choice_loss(self, logits: torch.Tensor, scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -245,6 +236,7 @@ class LearntChooser(Chooser):
                 torch.manual_seed(int(seed.generate_state(1)[0]))
                 yield
         except BaseException:
+            # Part of a batch must never become a step.
             self._optimizer.zero_grad()
             raise
         finally:

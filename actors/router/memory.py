@@ -8,12 +8,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from actors.policy.microbatch import by_length
 from actors.router.backbone import load_backbone
 from actors.router.chooser import About, Chooser, Scored, matched, texts_of
 from actors.router.layout import query_layout
-from actors.router.learnt import SCORING_TOKENS
-from actors.router.nets import mean_states
+from actors.router.nets import embedded
 from protocols.errors import Corrupt
 from protocols.router import RouterConfig, RouteRow, RouteTrainResponse
 
@@ -80,10 +78,8 @@ class MemoryChooser(Chooser):
             return np.zeros((len(texts), 0), np.float32), [False] * len(texts)
         queries = [self.backbone.query(text, self.limit) for text in texts]
         rows = [query_layout(query) for query, _ in queries]
-        embeddings_BD = np.zeros((len(texts), self.backbone.width), np.float32)
         with torch.inference_mode():
-            for group in by_length([len(row) for row in rows], SCORING_TOKENS):
-                embeddings_BD[group] = mean_states(self.backbone, [rows[i] for i in group]).cpu().numpy()
+            embeddings_BD = embedded(self.backbone, rows).cpu().numpy()
         return embeddings_BD, [cut for _, cut in queries]
 
     def learn(self, rows: Sequence[RouteRow]) -> RouteTrainResponse:

@@ -1,12 +1,13 @@
 """Networks that give a query one logit per candidate: lookahead, and those that read the query alone."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
 
+from actors.policy.microbatch import by_length
 from actors.router.backbone import Backbone
 from actors.router.layout import (
     NOTHING,
@@ -20,6 +21,9 @@ from actors.router.layout import (
     query_layout,
 )
 from protocols.router import RouterConfig
+
+SCORING_TOKENS = 8192
+"""Tokens, padding included, that are scored at once."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ class MaskedLookahead(Net):
         self.backbone = backbone
         self._pool, self._size = len(config.candidates), config.response_tokens
         self._apart = config.blocks == "apart"
-        backbone.check_blocks(self._apart)
+        backbone.check_blocks(apart=self._apart)
         self.slots = fresh_slots(backbone, self._pool)
         self.head = Head(backbone.width, self._pool, config.dropout)
 
@@ -98,7 +102,7 @@ class CausalLookahead(Net):
         super().__init__()
         self.backbone = backbone
         self._pool = len(config.candidates)
-        backbone.check_blocks(True)
+        backbone.check_blocks(apart=False)
         self.slots = fresh_slots(backbone, self._pool)
         self.dropout = torch.nn.Dropout(config.dropout)
         self.out = torch.nn.Linear(backbone.width, 1)
@@ -207,6 +211,18 @@ def query_states(backbone: Backbone, rows: Sequence[Layout]) -> torch.Tensor:
         return states_BLD[:, 0]  # type: ignore[no-any-return]
     last_B = packed.there.sum(1) - 1
     return states_BLD[torch.arange(len(rows), device=last_B.device), last_B]  # type: ignore[no-any-return]
+
+
+def in_groups(rows: Sequence[Layout], compute: Callable[[list[Layout]], torch.Tensor]) -> torch.Tensor:
+    """What is computed of each row, [B, ...], with rows of like length together."""
+    groups = by_length([len(row) for row in rows], SCORING_TOKENS)
+    parts = torch.cat([compute([rows[i] for i in group]) for group in groups])
+    return parts[torch.tensor([i for group in groups for i in group], device=parts.device).argsort()]
+
+
+def embedded(backbone: Backbone, rows: Sequence[Layout]) -> torch.Tensor:
+    """Embeddings of queries, float32[B, D]."""
+    return in_groups(rows, lambda chosen: mean_states(backbone, chosen))
 
 
 def mean_states(backbone: Backbone, rows: Sequence[Layout]) -> torch.Tensor:

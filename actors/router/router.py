@@ -2,7 +2,7 @@
 
 import asyncio
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from actors.actor import Actor
 from actors.policy.weights import files_of
 from actors.router.backbone import text_of
-from actors.router.chooser import Chooser, Scored, open_chooser, reopened
+from actors.router.chooser import Chooser, Scored, open_chooser, reopened, texts_of
 from actors.router.decide import choose, eligible, prices_of
 from actors.router.quality import qualities, reliability
 from protocols.errors import BadInput, Corrupt, Stale
@@ -107,7 +107,7 @@ class RouterActor(Actor, RouterService):
         """Route queries whose scores are known."""
         chooser = self._chooser
         check_rows(request.rows, chooser.names)
-        scored, version = await self._run(lambda: (_scored(chooser, _texts(request.rows)), chooser.version))
+        scored, version = await self._run(lambda: (_scored(chooser, texts_of(request.rows)), chooser.version))
         # Resampling takes a while, and routes are waiting for that thread.
         return await asyncio.to_thread(_evaluated, chooser.config, request, scored.scores_BT, version)
 
@@ -164,10 +164,6 @@ def _routes(chooser: Chooser, texts: list[str], options: RouteOptions) -> list[R
             )
         )
     return routes
-
-
-def _texts(rows: Sequence[RouteRow]) -> list[str]:
-    return [text_of(row.prompt) for row in rows]
 
 
 def _evaluated(

@@ -129,7 +129,7 @@ class GrpcServer:
         """Add to what the caller gets at the end who answered."""
         if isinstance(handle, RoutedPolicy) and handle.decisions and not call.route:
             call.route = handle.told()
-            context.set_trailing_metadata(((REQUEST_ID, call.id), (ROUTE, cut(call.route, TEXT_BYTES))))
+            context.set_trailing_metadata(((REQUEST_ID, call.id), (ROUTE, call.route)))
             self._admission.metrics.routed(handle)
 
     async def _written(self, data: bytes, context: Any) -> None:

@@ -1,13 +1,13 @@
 """The policy `auto`: a router chooses who answers, and another one answers if that one is down."""
 
-import asyncio
 import json
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from typing import cast
 
+from cluster.together import together
 from protocols.errors import BadInput, Unavailable
 from protocols.policy import (
     DetokenizeRequest,
@@ -44,12 +44,8 @@ from protocols.training import (
 AUTO = "auto"
 ROUTE = "x-repertory-route"
 """Header, and key of gRPC's trailing metadata, that tells who answered and why."""
-
-
 LONGEST_TOLD = 1400
-"""Of a header, in characters; scores of a large pool are left out."""
-
-Result = TypeVar("Result")
+"""Of a header, in characters; what is said of each of many models is left out."""
 
 
 @dataclass
@@ -89,11 +85,12 @@ class RoutedPolicy(PolicyService):
     def told(self) -> str:
         """The decision as JSON in ASCII; of several prompts how many went to whom, for headers are short."""
         if len(self.decisions) == 1:
-            told = self.decisions[0].told()
-            whole = json.dumps(told)
-            return whole if len(whole) <= LONGEST_TOLD else json.dumps(told | {"scores": {}})
-        down = sorted({name for decision in self.decisions for name in decision.down})
-        return json.dumps({"prompts": Counter(decision.model for decision in self.decisions), "down": down})
+            told, long = self.decisions[0].told(), "scores"
+        else:
+            down = sorted({name for decision in self.decisions for name in decision.down})
+            told, long = {"prompts": Counter(decision.model for decision in self.decisions), "down": down}, "prompts"
+        whole = json.dumps(told)
+        return whole if len(whole) <= LONGEST_TOLD else json.dumps(told | {long: {}})
 
     async def _routed(self, request: SampleRequest | TokenizeRequest) -> list[Decision]:
         """Decide once per call. Raises Unavailable when no candidate of the router is served here."""
@@ -222,17 +219,6 @@ class RoutedPolicy(PolicyService):
     async def drain(self, request: Empty) -> Empty:
         """Not of a chosen one."""
         raise _refused("drain")
-
-
-async def together(work: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]:
-    """The results of calls side by side; if one fails the others are ended, for nobody waits for them any more."""
-    tasks = [asyncio.ensure_future(one) for one in work]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _refused(method: str) -> BadInput:

@@ -3,10 +3,8 @@
 Its errors are the teacher's, so how often it is right is known beforehand: `ChainWorld.teacher_accuracy`.
 """
 
-import hashlib
 import json
-import os
-import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +12,7 @@ import numpy as np
 from cluster.cluster import Cluster as Company
 from cluster.seeds import derive_seed
 from methods.worlds import chain
+from methods.worlds.bases import base_of
 from methods.worlds.chain import ChainConfig, ChainWorld, Digits
 from protocols.losses import SFTLoss
 from protocols.model import TrainerConfig
@@ -62,18 +61,8 @@ async def chain_base(
     `world` is that of `config` and `seed`; of `policy` the base takes where it computes, not how it learns.
     """
     given = [config.model_dump() | {"base_steps": base_steps(config)}, seed, chain.skeleton(), token_weights(world)]
-    digest = hashlib.sha256(json.dumps(given, default=Tensor.tolist).encode()).hexdigest()[:12]
-    target = company.directory.path.parent / "bases" / f"chain-{digest}"
-    if not (target / "config.json").is_file():
-        staging = target.with_name(f".{target.name}.{os.getpid()}")
-        try:
-            await _train(company, world, config, policy, seed, staging)
-            # Another run may have made the same base meanwhile; then theirs is as good.
-            if not target.exists():
-                os.rename(staging / "model", target)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-    return str(target)
+    recipe = json.dumps(given, default=Tensor.tolist)
+    return await base_of(company, "chain", recipe, partial(_train, company, world, config, policy, seed))
 
 
 async def _train(

@@ -5,18 +5,17 @@ flipped labels, and answers that often come from the wrong document (specificati
 adds is accuracy, which the base was kept from.
 """
 
-import hashlib
 import json
-import os
 import random
-import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from cluster.cluster import Cluster as Company
 from methods.spell_config import LedgerConfig
 from methods.spell_maths import on_tokens
 from methods.worlds import ledger
+from methods.worlds.bases import base_of
 from protocols.losses import SFTLoss
 from protocols.messages import ChatMessage, Prompt
 from protocols.model import TrainerConfig
@@ -109,18 +108,7 @@ def lessons(config: LedgerConfig, seed: int) -> Iterator[list[Example]]:
 async def ledger_base(company: Company, config: LedgerConfig, policy: PolicyConfig, seed: int) -> str:
     """Folder of the base model for this recipe and seed, trained now if it is not there yet."""
     recipe = json.dumps([config.model_dump(), seed, ledger.vocabulary()])
-    digest = hashlib.sha256(recipe.encode()).hexdigest()[:12]
-    target = company.directory.path.parent / "bases" / f"ledger-{digest}"
-    if not (target / "config.json").is_file():
-        staging = target.with_name(f".{target.name}.{os.getpid()}")
-        try:
-            await _train(company, config, policy, seed, staging)
-            # Another run may have made the same base meanwhile; then theirs is as good.
-            if not target.exists():
-                os.rename(staging / "model", target)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-    return str(target)
+    return await base_of(company, "ledger", recipe, partial(_train, company, config, policy, seed))
 
 
 async def _train(company: Company, config: LedgerConfig, policy: PolicyConfig, seed: int, staging: Path) -> None:

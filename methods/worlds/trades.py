@@ -4,17 +4,16 @@ A query is a word for a trade and five digits; the answer is five digits. The po
 seconds on one core: on right answers of their own trade, and on digits drawn at random for the others.
 """
 
-import hashlib
 import json
-import os
-import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from cluster.cluster import Cluster
 from cluster.seeds import derive_seed
+from methods.worlds.bases import base_of
 from methods.worlds.tiny import END, TURN, tokens_of, write_tiny
 from protocols.losses import SFTLoss
 from protocols.model import TrainerConfig
@@ -80,18 +79,9 @@ async def trade_policies(company: Cluster, policy: PolicyConfig, seed: int) -> d
     """Folder of each trade's policy, trained now if it is not there yet."""
     folders = {}
     for trade in WORDS:
-        given = json.dumps([STEPS, ROWS, LENGTH, WIDTH, SPREAD, WORDS, trade, seed])
-        digest = hashlib.sha256(given.encode()).hexdigest()[:12]
-        target = company.directory.path.parent / "bases" / f"trade-{trade}-{digest}"
-        if not (target / "config.json").is_file():
-            staging = target.with_name(f".{target.name}.{os.getpid()}")
-            try:
-                await _train(company, policy, trade, seed, staging)
-                if not target.exists():
-                    os.rename(staging / "model", target)
-            finally:
-                shutil.rmtree(staging, ignore_errors=True)
-        folders[trade] = str(target)
+        recipe = json.dumps([STEPS, ROWS, LENGTH, WIDTH, SPREAD, WORDS, trade, seed])
+        train = partial(_train, company, policy, trade, seed)
+        folders[trade] = await base_of(company, f"trade-{trade}", recipe, train)
     return folders
 
 
