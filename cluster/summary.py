@@ -44,7 +44,7 @@ def show_summary(folder: Path) -> None:
     for row in summary.rows:
         table.add_row(row.name, _number(row.before), _number(row.after), row.note)
     console = Console(highlight=False, markup=False, emoji=False)
-    console.print(table)
+    console.print(table if summary.rows else summary.title)
     for note in summary.notes:
         console.print(f"- {note}")
 
