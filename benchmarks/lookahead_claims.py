@@ -20,7 +20,6 @@ import itertools
 import json
 import os
 import re
-import signal
 import statistics
 import subprocess
 import sys
@@ -154,7 +153,7 @@ def served(run: Path, seed: int) -> dict[str, float]:
         client = openai.OpenAI(api_key="none", base_url=found[0])
         asked = trades.draw(np.random.default_rng((seed, 999)), 300)
         right = {name: statistics.fmean(answered(client, name, one) for one in asked) for name in ("auto", *names)}
-        process.send_signal(signal.SIGINT)
+        process.terminate()
     return right
 
 
