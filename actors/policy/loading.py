@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,10 @@ UNREADABLE = (OSError, ValueError, RuntimeError, SafetensorError)
 """What transformers raises for a model that is missing, damaged, or does not fit its configuration."""
 
 EMBEDDED = Path(__file__).parent / "embedded"
+
+ONE_AT_A_TIME = RLock()
+"""To be held while a model is made. What transformers and torch change for that time belongs to the whole process:
+of two threads that load, one would leave all later models untied, and each draws the other's random numbers."""
 
 
 @dataclass
@@ -108,7 +113,7 @@ def load_outline(config: ModelConfig) -> Loaded:
     source = resolve(config.model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        with torch.device("meta"):
+        with ONE_AT_A_TIME, torch.device("meta"):
             model = _random_model(source, config.head, torch.float32)
             if config.lora is not None:
                 model = _with_adapter(model, config.lora, config.seed, config.head)
@@ -126,9 +131,10 @@ def pretrained(source: str | Path, dtype: torch.dtype, head: Head = "vocabulary"
     `new_head`: a scalar head may be missing, and is then drawn at random.
     """
     if head == "vocabulary":
-        model, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        with ONE_AT_A_TIME:
+            model, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
     else:
-        with quiet():  # it reports a missing head, which is what is expected of a base model
+        with ONE_AT_A_TIME, quiet():  # it reports a missing head, which is what is expected of a base model
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 source, dtype=dtype, num_labels=1, output_loading_info=True
             )
@@ -211,7 +217,7 @@ def device_of(name: str) -> torch.device:
 
 def _drawn_from(config: ModelConfig, source: str, dtype: torch.dtype) -> Any:
     """The model with its weights; what is drawn at random depends on the seed alone."""
-    with torch.random.fork_rng(devices=[]):
+    with ONE_AT_A_TIME, torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         if config.init == "random":
             return _random_model(source, config.head, dtype)
@@ -242,7 +248,7 @@ def _with_adapter(model: Any, config: LoRAConfig, seed: int, head: Head) -> Any:
         # A head that starts at random has nothing to adapt.
         modules_to_save=["score"] if head == "scalar" else None,
     )
-    with torch.random.fork_rng(devices=[]):
+    with ONE_AT_A_TIME, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
             return get_peft_model(model, adapter)

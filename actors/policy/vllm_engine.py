@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from actors.policy.loading import Loaded, resolve
+from actors.policy.loading import ONE_AT_A_TIME, Loaded, resolve
 from protocols.errors import BadInput, Unavailable
 from protocols.model import LoRAConfig
 from protocols.policy import PolicyConfig
@@ -90,7 +90,8 @@ class VLLMEngine:
         set_threads(self._config.threads or len(os.sched_getaffinity(0)))
         try:
             arguments = EngineArgs(**engine_arguments(self._config, outline))
-            self._engine = LLMEngine.from_engine_args(arguments, enable_multiprocessing=False)
+            with ONE_AT_A_TIME:
+                self._engine = LLMEngine.from_engine_args(arguments, enable_multiprocessing=False)
         except (ValueError, RuntimeError) as error:
             raise BadInput(f"sampler: vLLM cannot serve {self._config.model!r}: {error}") from error
         finally:

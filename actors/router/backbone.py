@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from actors.policy.forward import SHARING, longest_shared
-from actors.policy.loading import UNREADABLE, device_of, quiet, resolve
+from actors.policy.loading import ONE_AT_A_TIME, UNREADABLE, device_of, quiet, resolve
 from actors.router.layout import NOTHING, Ids, Packed
 from protocols.errors import BadInput
 from protocols.messages import Prompt
@@ -164,7 +164,7 @@ def load_backbone(config: RouterConfig, folder: Path | None = None) -> Backbone:
         tokenizer = AutoTokenizer.from_pretrained(source)
         masked = is_masked(shape)
         auto = AutoModelForMaskedLM if masked else AutoModelForCausalLM
-        with torch.random.fork_rng(devices=[]), quiet():
+        with ONE_AT_A_TIME, torch.random.fork_rng(devices=[]), quiet():
             torch.manual_seed(config.seed)
             if config.init == "random" and folder is None:
                 model, fresh = auto.from_config(shape, dtype=torch.float32), None
@@ -186,7 +186,7 @@ def outline_size(source: str) -> int:
     """Number of weights of the model in a folder or on the hub, without loading them. Raises BadInput."""
     try:
         shape = AutoConfig.from_pretrained(source)
-        with torch.device("meta"):
+        with ONE_AT_A_TIME, torch.device("meta"):
             model = (AutoModelForMaskedLM if is_masked(shape) else AutoModelForCausalLM).from_config(shape)
     except UNREADABLE as error:
         raise BadInput(f"model: cannot load {source!r} as an encoder: {error}") from error

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from actors.policy.loading import ONE_AT_A_TIME
 from actors.policy.microbatch import by_length
 from actors.policy.torch_trainer import rate_share
 from actors.router import losses
@@ -45,7 +46,7 @@ class LearntChooser(Chooser):
                 f"response_tokens: {config.response_tokens} leave {self.limit} tokens for the query, in a model of"
                 f" {self._backbone.context} positions"
             )
-        with torch.random.fork_rng(devices=[]):
+        with ONE_AT_A_TIME, torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.net = net_of(self._backbone, config).to(self._backbone.device)
         self.net.eval()

@@ -2,12 +2,14 @@ import json
 import shutil
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 from actors.policy import loading
 from actors.policy.loading import device_of, load, resolve
@@ -132,6 +134,23 @@ def test_saved_weights_are_loaded_exactly(model_dirs: dict[str, Path]) -> None:
     saved = load_file(model_dirs["llama"] / "model.safetensors")
     loaded = weights(load(config(model_dirs["llama"])))
     assert all(torch.equal(loaded[name], values) for name, values in saved.items())
+
+
+def test_models_that_are_loaded_side_by_side_are_those_loaded_alone(
+    ledger_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers replaces `tie_weights` of all models while it loads one, torch has one generator of numbers."""
+    tie_weights = PreTrainedModel.tie_weights
+    monkeypatch.setattr(PreTrainedModel, "tie_weights", tie_weights)
+    wanted = [config(ledger_dir, init="random", seed=seed, lora={"rank": 1}) for seed in range(8)]
+    wanted += [PolicyConfig(device="cpu")] * 8
+    alone = [weights(load(one)) for one in wanted]
+    with ThreadPoolExecutor(4) as pool:
+        for one, loaded in zip(alone, pool.map(load, wanted), strict=True):
+            found = weights(loaded)
+            assert found.keys() == one.keys()
+            assert all(torch.equal(found[name], values) for name, values in one.items())
+    assert PreTrainedModel.tie_weights is tie_weights
 
 
 def test_random_weights_depend_on_the_seed_alone(ledger_dir: Path) -> None:
