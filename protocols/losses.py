@@ -78,6 +78,19 @@ class DPOLoss(LikelihoodLoss):
     """Factor of the log-ratios."""
 
 
+class ORPOLoss(LikelihoodLoss):
+    """ORPO over pairs of rows (Hong et al. 2024, eq. 6 and 7): without a reference model.
+
+    Mean -log p of the better reply's tokens - ratio_coef log sigmoid(log odds of the better - of the worse), the odds
+    being p / (1 - p) of p = exp(mean log p of the reply's tokens).
+    """
+
+    type: Literal["orpo"] = "orpo"
+    """Which loss this is."""
+    ratio_coef: float = Field(default=0.1, ge=0.0, le=LARGEST)
+    """Factor of the odds ratio's term; lambda in the paper."""
+
+
 class ImplicitOutcomeLoss(LikelihoodLoss):
     """Cross entropy of outcomes, the logit being a row's sum of log-ratios (Yuan et al. 2024, implicit PRM).
 
@@ -135,6 +148,7 @@ LossSpec = Annotated[
     | GRPOLoss
     | ReinforceLoss
     | DPOLoss
+    | ORPOLoss
     | ImplicitOutcomeLoss
     | QFunctionLoss
     | OutcomeLoss

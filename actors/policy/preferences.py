@@ -1,12 +1,15 @@
-"""Losses that compare replies, each a pure function of scores per token; those of DPO are log-ratios.
+"""Losses that compare replies, each a pure function of scores per token: of DPO log-ratios, of ORPO log-probs.
 
 Arrays are float32[B, T] with a mask of the reply's tokens, the final end token among them; pairs are rows of two such
 arrays, the better reply and the worse one. Each returns the loss of every row, float32[B].
 """
 
+import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
+CERTAIN = -1e-6
+"""Mean log-prob above which a reply counts as having this one: the odds of a certain reply are infinite."""
 Reply = tuple[Tensor, Tensor]
 """Scores and mask of replies."""
 
@@ -44,6 +47,18 @@ def outcome(better: Reply, worse: Reply) -> Tensor:
 def dpo(better: Reply, worse: Reply, beta: float = 0.1) -> Tensor:
     """DPO (Rafailov et al. 2023, eq. 7) of log-ratios log pi - log reference per token."""
     return -logsigmoid(beta * (masked_sum(better) - masked_sum(worse)))
+
+
+def orpo(better: Reply, worse: Reply, ratio_coef: float = 0.1) -> Tensor:
+    """ORPO (Hong et al. 2024, eq. 6 and 7) of log-probs per token; the likelihood is of the better reply's tokens."""
+    ratio = log_odds(masked_mean(better)) - log_odds(masked_mean(worse))
+    return -masked_mean(better) - ratio_coef * logsigmoid(ratio)
+
+
+def log_odds(logprob: Tensor) -> Tensor:
+    """log p / (1 - p) of log p."""
+    logprob = logprob.clamp(max=CERTAIN)
+    return logprob - torch.log(-torch.expm1(logprob))
 
 
 def implicit_outcome(reply: Reply, right_B: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from protocols.losses import (
     LikelihoodLoss,
     LossBase,
     LossSpec,
+    ORPOLoss,
     OutcomeLoss,
     PolicyLoss,
     QFunctionLoss,
@@ -32,7 +33,7 @@ from protocols.model import Head
 from protocols.tensor import PerToken
 from protocols.training import ForwardBackwardRequest, TrainRow
 
-OverPairs = DPOLoss | QFunctionLoss | OutcomeLoss | GatedLoss
+OverPairs = DPOLoss | ORPOLoss | QFunctionLoss | OutcomeLoss | GatedLoss
 Array = NDArray[np.float32]
 
 
@@ -178,13 +179,17 @@ def _reduced(
 
 def _over_pairs(spec: OverPairs, batch: TokenBatch, weights_BK: torch.Tensor, rows: Sequence[TrainRow]) -> Term:
     better, worse = _places(rows, weights_BK)
-    ratio = isinstance(spec, DPOLoss)
-    scores_BK = batch.logprobs_BT - batch.reference_logprobs_BT if ratio else batch.scores_BT
+    if isinstance(spec, DPOLoss):
+        scores_BK = batch.logprobs_BT - batch.reference_logprobs_BT
+    else:
+        scores_BK = batch.logprobs_BT if isinstance(spec, ORPOLoss) else batch.scores_BT
     mask_BK = weights_BK != 0
     one, other = (scores_BK[better], mask_BK[better]), (scores_BK[worse], mask_BK[worse])
     match spec:
         case DPOLoss():
             loss_P, reply_score = preferences.dpo(one, other, spec.beta), preferences.masked_sum
+        case ORPOLoss():
+            loss_P, reply_score = preferences.orpo(one, other, spec.ratio_coef), preferences.masked_mean
         case QFunctionLoss():
             loss_P = preferences.q_function(one, other, spec.beta, spec.gamma)
             reply_score = preferences.masked_mean

@@ -14,8 +14,10 @@ from actors.policy.preferences import (
     gated_mean,
     implicit_outcome,
     last_score,
+    log_odds,
     masked_mean,
     masked_sum,
+    orpo,
     outcome,
     q_function,
 )
@@ -53,6 +55,25 @@ def test_dpo() -> None:
     assert implicit_outcome(better, torch.ones(1)).item() == pytest.approx(0.437488, abs=1e-6)
 
 
+def test_dpo_and_orpo_of_seft() -> None:
+    """SEFT's specification, section 5.3."""
+    assert dpo(reply(-5 + 6), reply(-7 + 6.5)).item() == pytest.approx(0.620957, abs=1e-6)
+    better, worse = reply(-0.2, -0.8), reply(-1.5, -0.5, -1.0)
+    assert (log_odds(masked_mean(better)) - log_odds(masked_mean(worse))).item() == pytest.approx(0.974077, abs=1e-6)
+    assert orpo(better, worse).item() == pytest.approx(0.532030, abs=1e-6)
+    assert (orpo(better, worse, 2.0) - orpo(better, worse, 1.0)).item() == pytest.approx(0.320300, abs=1e-6)
+
+
+@given(REPLIES.map(lambda scores: [-abs(one) for one in scores]), st.sampled_from([0.0, -0.0, -1e-30]))
+def test_orpo_of_a_certain_reply_is_finite(other: list[float], certain: float) -> None:
+    for better, worse in ((reply(certain), reply(*other)), (reply(*other), reply(certain))):
+        better[0].requires_grad_()
+        loss = orpo(better, worse)
+        loss.sum().backward()
+        assert better[0].grad is not None and math.isfinite(loss.item())
+        assert better[0].grad.where(better[1], 0.0).isfinite().all()
+
+
 def test_scores_of_replies() -> None:
     given = reply(0.2, 0.4, -1.5)
     assert masked_sum(given).item() == pytest.approx(-0.9)
@@ -73,7 +94,7 @@ def test_the_level_of_the_logits_does_not_matter(better: list[float], worse: lis
     assert moved == pytest.approx(loss, abs=1e-4)
 
 
-@pytest.mark.parametrize("loss", [q_function, outcome, dpo, gated])
+@pytest.mark.parametrize("loss", [q_function, outcome, dpo, orpo, gated])
 @given(better=REPLIES, worse=REPLIES)
 def test_padding_does_not_matter(loss: "object", better: list[float], worse: list[float]) -> None:
     assert callable(loss)

@@ -27,6 +27,7 @@ from protocols.losses import (
     GRPOLoss,
     ImplicitOutcomeLoss,
     LossSpec,
+    ORPOLoss,
     OutcomeLoss,
     QFunctionLoss,
     ReinforceLoss,
@@ -39,7 +40,7 @@ from protocols.reward_model import RewardModelConfig
 from protocols.training import ForwardBackwardRequest, TermReport, TrainRow
 from tests.actors.test_torch_trainer import Gradients, accumulate, assert_same, gradients_of, plain_logprobs
 
-OVER_PAIRS = (DPOLoss, QFunctionLoss, OutcomeLoss, GatedLoss)
+OVER_PAIRS = (DPOLoss, ORPOLoss, QFunctionLoss, OutcomeLoss, GatedLoss)
 SCALAR: dict[str, LossSpec] = {
     "q_function": QFunctionLoss(beta=0.7, gamma=0.5),
     "outcome": OutcomeLoss(),
@@ -50,6 +51,7 @@ SCALAR: dict[str, LossSpec] = {
 }
 VOCABULARY: dict[str, LossSpec] = {
     "dpo": DPOLoss(beta=0.2, temperature=0.7),
+    "orpo": ORPOLoss(ratio_coef=0.7, temperature=0.8),
     "implicit outcome": ImplicitOutcomeLoss(),
     "reinforce": ReinforceLoss(),
     "reinforce with kl and entropy": ReinforceLoss(
@@ -129,7 +131,13 @@ def plain_loss(spec: LossSpec, rows: Sequence[TrainRow], found: Sequence[Seen], 
     masks = [torch.from_numpy(row.terms[term].array != 0) for row in rows]
     if isinstance(spec, OVER_PAIRS):
         margins = [margin for margin, _ in margins_of(spec, rows, found, term)]
-        return torch.stack([minus_log_sigmoid(margin) for margin in margins]).mean()
+        compared = torch.stack([minus_log_sigmoid(margin) for margin in margins]).mean()
+        if not isinstance(spec, ORPOLoss):
+            return compared
+        better = [row.terms[term].array.sum() > 0 for row in rows]
+        kept = zip(found, masks, better, strict=True)
+        means = [one["logprobs"][mask].mean() for one, mask, is_better in kept if is_better]
+        return spec.ratio_coef * compared - torch.stack(means).mean()
     if isinstance(spec, ImplicitOutcomeLoss):
         sums = [
             (one["logprobs"] - tensor(row.reference_logprobs))[mask].sum()
@@ -153,7 +161,10 @@ def margins_of(
     replies: dict[tuple[str, bool], torch.Tensor] = {}
     for row, one in zip(rows, found, strict=True):
         signs = row.terms[term].array
-        values = one["logprobs"] - tensor(row.reference_logprobs) if "logprobs" in one else one["scores"]
+        if isinstance(spec, DPOLoss):
+            values = one["logprobs"] - tensor(row.reference_logprobs)
+        else:
+            values = one["logprobs"] if isinstance(spec, ORPOLoss) else one["scores"]
         replies[row.pair, bool(signs.sum() > 0)] = values[torch.from_numpy(signs != 0)]
     margins = []
     for pair in sorted({row.pair for row in rows}):
@@ -161,6 +172,11 @@ def margins_of(
         match spec:
             case DPOLoss():
                 margin, factor, offset = better.sum() - worse.sum(), spec.beta, 0.0
+            case ORPOLoss():
+                chosen, rejected = better.mean(), worse.mean()
+                odds = [p / (1 - p) for p in (chosen.exp(), rejected.exp())]
+                margins.append((odds[0].log() - odds[1].log(), (chosen - rejected).item()))
+                continue
             case QFunctionLoss():
                 margin, factor, offset = better.mean() - worse.mean(), spec.beta, spec.gamma
             case OutcomeLoss():
@@ -429,6 +445,16 @@ def test_the_step_scores_of_the_specification() -> None:
     (gradient,), report = over_scores(StepsLoss(), ([0.2, 7, -1.5, 3], [1, 0, 1, 1]), targets=[1, math.nan, -1, 1])
     assert report.loss == pytest.approx(0.217743, abs=1e-6)
     assert gradient[1] == 0 and all(gradient[::2])
+
+
+def test_orpo_of_the_specification() -> None:
+    (better, worse), report = over_logprobs(ORPOLoss(), ([-0.2, -0.8], 1), ([-1.5, -0.5, -1.0], -1))
+    assert report.loss == pytest.approx(0.532030, abs=1e-6)
+    assert report.metrics == {"margin": pytest.approx(0.5), "accuracy": 1}
+    # Of the ratio: -0.1 (1 - sigmoid(0.974077)) times 1 / (1 - p) of each reply, p = exp(-0.5) and exp(-1).
+    pull = 0.1 * (1 - 1 / (1 + math.exp(-0.974077)))
+    assert better == approx(*[-(1 + pull / (1 - math.exp(-0.5))) / 2] * 2)
+    assert worse == approx(*[pull / (1 - math.exp(-1)) / 3] * 3)
 
 
 def test_dpo_of_the_specification() -> None:
