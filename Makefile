@@ -12,12 +12,14 @@ run: $(VENV)/.installed
 serve: $(VENV)/.installed
 	$(BIN)/python launch.py serve
 
+# What starts Ray or vLLM takes the whole machine; the rest runs in two processes.
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not ray and not vllm"
+	$(BIN)/python -m pytest -m "ray or vllm"
 
 # Without Ray, vLLM and training runs.
 fast: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not ray and not slow and not vllm"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not ray and not slow and not vllm"
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
