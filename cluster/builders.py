@@ -3,6 +3,7 @@
 from actors.actor import Actor
 from protocols.policy import PolicyConfig, PolicyService
 from protocols.questioner import QuestionerConfig
+from protocols.reviser import ReviserConfig
 from protocols.reward_model import RewardModelConfig
 from protocols.router import RouterConfig
 from protocols.verifier import VerifierConfig
@@ -43,6 +44,13 @@ def verifier(config: VerifierConfig, policy: PolicyService | None) -> Actor:
     from actors.verifier import VerifierActor
 
     return VerifierActor(config, policy)
+
+
+def reviser(config: ReviserConfig, policy: PolicyService) -> Actor:
+    """A reviser over a policy."""
+    from actors.reviser import ReviserActor
+
+    return ReviserActor(config, policy)
 
 
 def reward_model(config: RewardModelConfig, ranks: TrainerService | None) -> Actor:

@@ -30,6 +30,7 @@ from protocols.handle import Transport, call_times, make_handle
 from protocols.placement import Resources
 from protocols.policy import PolicyConfig, PolicyService
 from protocols.questioner import QuestionerConfig, QuestionerService
+from protocols.reviser import ReviserConfig, ReviserService
 from protocols.reward_model import RewardModelConfig, RewardModelService
 from protocols.router import RouterConfig, RouterService
 from protocols.service import CheckpointRequest, Service
@@ -215,6 +216,10 @@ class Cluster:
         """A verifier; without a policy it goes by rules alone."""
         build = partial(builders.verifier, config, policy)
         return await self._spawn(VerifierService, name, build, config.resources, commit=False)
+
+    async def reviser(self, config: ReviserConfig, policy: PolicyService, *, name: str = "reviser") -> ReviserService:
+        """A reviser that plays its role over a policy."""
+        return await self._spawn(ReviserService, name, partial(builders.reviser, config, policy), config.resources)
 
     async def reward_model(self, config: RewardModelConfig, *, name: str = "reward_model") -> RewardModelService:
         """A reward model. One that learns is part of every commit; of several ranks each is a process of its own."""

@@ -14,11 +14,12 @@ from cluster.gateway.running import SERVING
 from protocols.model import ModelConfig
 from protocols.policy import PolicyConfig
 from protocols.questioner import QuestionerConfig
+from protocols.reviser import ReviserConfig
 from protocols.reward_model import RewardModelConfig
 from protocols.router import RouterConfig
 from protocols.verifier import VerifierConfig
 
-TAKEN = {AUTO, "policy", "questioner", "reward_model", "router", "verifier"}
+TAKEN = {AUTO, "policy", "questioner", "reviser", "reward_model", "router", "verifier"}
 """Names that no policy of the pool may have."""
 
 
@@ -34,7 +35,17 @@ class Config(MethodConfig):
 
     # Nothing is continued.
     MAY_CHANGE: ClassVar[frozenset[str]] = frozenset(
-        {*MethodConfig.model_fields, "attach", "policy", "verifier", "questioner", "reward_model", "pool", "router"}
+        {
+            *MethodConfig.model_fields,
+            "attach",
+            "policy",
+            "verifier",
+            "questioner",
+            "reviser",
+            "reward_model",
+            "pool",
+            "router",
+        }
     )
     SHORTCUTS: ClassVar[dict[str, str]] = {"model": "policy.model", "address": "gateway.address"}
 
@@ -48,6 +59,8 @@ class Config(MethodConfig):
     """A verifier over the policy; null: none."""
     questioner: QuestionerConfig | None = None
     """A questioner over the policy; null: none."""
+    reviser: ReviserConfig | None = None
+    """A reviser over the policy; null: none."""
     reward_model: RewardModelConfig | None = None
     """A reward model, e.g. reward_model.kind=rules; null: none."""
     pool: dict[str, PolicyConfig] = {}
@@ -108,6 +121,8 @@ async def run(cluster: Cluster, config: Config) -> None:
             await cluster.verifier(config.verifier, policy)
         if config.questioner is not None:
             await cluster.questioner(config.questioner, policy)
+        if config.reviser is not None:
+            await cluster.reviser(config.reviser, policy)
         for name, member in config.pool.items():
             await cluster.policy(member, name=name)
         if config.router is not None:

@@ -127,6 +127,8 @@ class TokenizeRequest(Message):
 
     prompts: list[Prompt]
     """Conversations or texts."""
+    continues: bool = False
+    """Whether texts continue something, and so get none of the special tokens that a tokenizer puts around texts."""
 
 
 class TokenizeResponse(Message):

@@ -12,15 +12,17 @@ from protocols.errors import BadInput
 from protocols.messages import Prompt
 
 
-def encode(prompt: Prompt, tokenizer: Any) -> NDArray[np.int32]:
+def encode(prompt: Prompt, tokenizer: Any, *, continues: bool = False) -> NDArray[np.int32]:
     """Token ids of a prompt, int32[T]; a conversation ends with the assistant's turn opened.
+
+    A text that `continues` something gets no special tokens around it.
 
     A tokenizer without a chat template gets the turns joined by newlines. Raises BadInput for an empty prompt.
     """
     if prompt.tokens is not None:
         ids = prompt.tokens.array
     elif prompt.text is not None:
-        ids = tokenizer(prompt.text)["input_ids"]
+        ids = tokenizer(prompt.text, add_special_tokens=not continues)["input_ids"]
     elif tokenizer.chat_template:
         turns = [turn.model_dump() for turn in prompt.messages]
         ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)

@@ -115,7 +115,8 @@ class PolicyActor(Actor, PolicyService):
 
     async def tokenize(self, request: TokenizeRequest) -> TokenizeResponse:
         """Tokens of prompts, the chat template applied."""
-        return TokenizeResponse(tokens=[encode(p, self._loaded.tokenizer) for p in request.prompts])
+        tokenizer = self._loaded.tokenizer
+        return TokenizeResponse(tokens=[encode(p, tokenizer, continues=request.continues) for p in request.prompts])
 
     async def detokenize(self, request: DetokenizeRequest) -> DetokenizeResponse:
         """Text of token ids."""

@@ -11,6 +11,7 @@ from cluster.gateway.auth import Caller
 from protocols.errors import BadInput, Exhausted
 from protocols.policy import SampleRequest
 from protocols.questioner import ProposeRequest
+from protocols.reviser import ReviseRequest
 from protocols.service import Message
 from protocols.verifier import JudgeRequest
 
@@ -26,6 +27,8 @@ def sampled_tokens(request: Message) -> int:
         return len(request.items) * request.votes * request.params.max_tokens
     if isinstance(request, ProposeRequest):
         return len(request.clusters) * request.params.max_tokens
+    if isinstance(request, ReviseRequest) and not request.labels_only:
+        return len(request.items) * request.params.max_tokens
     return 0
 
 

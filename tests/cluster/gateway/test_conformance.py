@@ -19,7 +19,7 @@ from protocols.client import connect
 from protocols.errors import RepertoryError
 from protocols.handle import service_of
 from protocols.losses import GRPOLoss, SFTLoss
-from protocols.messages import Prompt, SamplingParams
+from protocols.messages import ChatMessage, Prompt, SamplingParams
 from protocols.policy import (
     DetokenizeRequest,
     EmbedRequest,
@@ -32,6 +32,15 @@ from protocols.policy import (
 from protocols.questioner import HistoryRequest, ProposeRequest, QuestionerConfig, QuestionerService, RememberRequest
 from protocols.questions import Cluster as Documents
 from protocols.questions import Proposal, ProposalStatus, Question, Task
+from protocols.reviser import (
+    Label,
+    ReviseItem,
+    ReviserConfig,
+    ReviseRequest,
+    ReviserExample,
+    ReviserService,
+    ReviserTrainRequest,
+)
 from protocols.reward_model import (
     LabelledReply,
     LearnRequest,
@@ -84,7 +93,12 @@ PREFERENCES = LearnRequest(pairs=[Preference(uid="pair", chosen=BETTER, rejected
 QUERY = Prompt(uid="query", text=WORDS)
 ROUTE = RouteRequest(prompts=[QUERY], options=RouteOptions(price_weight=0.5, prices={"two": 3.0}))
 ROUTED = RouteRow(uid="row", prompt=QUERY, answers=[WORDS, "12"], scores=[1.0, 0.25], group="g")
-SERVICES = (PolicyService, VerifierService, QuestionerService, RewardModelService, RouterService)
+NAMES: dict[Label, str] = {"no": "W0", "minor": "W1", "major": "W2"}
+REVISE = ReviseRequest(
+    items=[ReviseItem(uid="u", messages=[ChatMessage(role="user", content=WORDS)], reply="12", seed=1)], params=SHORT
+)
+EXAMPLE = ReviserExample(uid="e", messages=REVISE.items[0].messages, reply="12", label="minor", target=WORDS)
+SERVICES = (PolicyService, VerifierService, QuestionerService, ReviserService, RewardModelService, RouterService)
 # In order: later calls see what earlier ones changed.
 CALLS: list[tuple[type[Service], str, Message]] = [
     *((service, "health", HealthRequest()) for service in SERVICES),
@@ -107,6 +121,9 @@ CALLS: list[tuple[type[Service], str, Message]] = [
     (QuestionerService, "propose", ProposeRequest(clusters=[DOCUMENTS], uids=["u"], seed=3, params=SHORT)),
     (QuestionerService, "remember", RememberRequest(proposals=[PROPOSAL])),
     (QuestionerService, "history", HistoryRequest(question_id="q", task=Task.MATH)),
+    (ReviserService, "revise", REVISE),
+    (ReviserService, "train", ReviserTrainRequest(examples=[EXAMPLE], learning_rate=0.01)),
+    (ReviserService, "stream", REVISE),
     (RewardModelService, "info", Empty()),
     (RewardModelService, "score", REWARD),
     (RewardModelService, "train", PREFERENCES),
@@ -163,10 +180,11 @@ async def a_company(
     verifier = await cluster.verifier(VerifierConfig(), policy)
     questioner = await cluster.questioner(QuestionerConfig(), policy)
     reward_model = await cluster.reward_model(RewardModelConfig.model_validate(given))
+    reviser = await cluster.reviser(ReviserConfig(prompt="{prompt} {reply}", names=NAMES), policy)
     router = await cluster.router(
         RouterConfig.model_validate(given | {"candidates": [{"name": "one"}, {"name": "two"}]})
     )
-    return cluster, {service_of(one): one for one in (policy, verifier, questioner, reward_model, router)}
+    return cluster, {service_of(one): one for one in (policy, verifier, questioner, reviser, reward_model, router)}
 
 
 @pytest.fixture
