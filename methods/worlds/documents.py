@@ -106,25 +106,35 @@ def _document(place: str, row: dict[str, Any]) -> Document:
 
 def read_text(file: Path, what: str) -> str:
     """A UTF-8 text file, compressed if its name ends with .gz. Raises BadInput for a binary one."""
+    return "".join(read_lines(file, what))
+
+
+def read_lines(file: Path, what: str) -> Iterator[str]:
+    """The lines of such a file, each with a line feed for whatever ends it; the file may be larger than memory."""
+    offset = characters = 0
     try:
-        raw = file.read_bytes()
-        # -sig: a byte order mark, as Windows editors write it, is none of the text.
-        text = (gzip.decompress(raw) if file.suffix.lower() == ".gz" else raw).decode("utf-8-sig")
-        text = io.StringIO(text, newline=None).read()  # any line end becomes \n
+        with gzip.open(file) if file.suffix.lower() == ".gz" else file.open("rb") as stream:
+            for raw in stream:
+                # A byte order mark, as Windows editors write it, is none of the text.
+                line = raw.decode("utf-8" if offset else "utf-8-sig")
+                offset += len(raw)
+                if "\0" in line:
+                    place = characters + line.index(chr(0))
+                    raise BadInput(f"{what}: {file} is not text: it holds a NUL character at {place}")
+                characters += len(line)
+                yield from io.StringIO(line, newline=None)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise BadInput(f"{what}: {file} is not a whole gzip file: {error}") from error
     except UnicodeDecodeError as error:
-        raise BadInput(f"{what}: {file} is not UTF-8 text (byte {error.start})") from error
+        raise BadInput(f"{what}: {file} is not UTF-8 text (byte {offset + error.start})") from error
     except OSError as error:
         raise BadInput(f"{what}: cannot read {file}: {error.strerror}") from error
-    if "\0" in text:
-        raise BadInput(f"{what}: {file} is not text: it holds a NUL character at {text.index(chr(0))}")
-    return text
 
 
 def read_rows(file: Path, what: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a JSON Lines file, each with `FILE line N`. Raises BadInput for what is no object."""
-    for number, line in enumerate(read_text(file, what).split("\n"), start=1):
+    """The objects of a JSON Lines file, one by one, each with `FILE line N`. Raises BadInput for what is none."""
+    for number, ended in enumerate(read_lines(file, what), start=1):
+        line = ended.removesuffix("\n")
         if not line.strip():
             continue
         place = f"{file} line {number}"

@@ -1,3 +1,4 @@
+import gzip
 import json
 import os
 from collections.abc import Callable
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from methods.worlds.documents import Document, passages, read_documents, similar_groups
+from methods.worlds.documents import Document, passages, read_documents, read_rows, similar_groups
 from protocols.errors import BadInput
 
 Make = Callable[..., Path]
@@ -143,6 +144,18 @@ def test_binary_files(make: Make, content: bytes, message: str, suffix: str) -> 
     folder = make(**{f"a_{suffix}": content})
     found = refused(folder)
     assert message in found and str(folder / f"a.{suffix}") in found
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+def test_rows_come_one_by_one(tmp_path: Path, suffix: str) -> None:
+    """Files may be larger than memory: what stands later has not been read yet."""
+    file = tmp_path / f"rows{suffix}"
+    content = b'\xef\xbb\xbf{"a": 1}\r{"a": 2}\r\n\n' + b'{"a": 3}\n' * 1000 + b'{"a": \xff}'
+    file.write_bytes(gzip.compress(content) if suffix.endswith("gz") else content)
+    rows = read_rows(file, "rows")
+    assert [next(rows) for _ in range(3)] == [(f"{file} line {n}", {"a": a}) for n, a in ((1, 1), (2, 2), (4, 3))]
+    with pytest.raises(BadInput, match=rf"rows: .* is not UTF-8 text \(byte {content.index(0xFF)}\)"):
+        list(rows)
 
 
 @pytest.mark.parametrize(
