@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from rapidfuzz.distance import Levenshtein
 
+from methods.chat_data import Candidate, Judged
 from protocols.errors import BadInput
 from protocols.messages import ChatMessage
 from protocols.reviser import LABELS, Label
@@ -16,30 +17,6 @@ from protocols.service import Message
 
 LAYOUT = re.compile(r"```|\t|^(?: {2,}|\|)", re.MULTILINE)
 """What tells code and tables, where blanks mean something."""
-
-
-class Candidate(Message):
-    """One reply among others to the same prompt; higher scores and lower ranks are better."""
-
-    text: str
-    """The reply."""
-    score: float | None = None
-    """How good it is."""
-    rank: int | None = None
-    """Its place, 1 being the best."""
-    model: str = ""
-    """Who wrote it."""
-
-
-class Judged(Message):
-    """A prompt with replies of known order."""
-
-    id: str
-    """Its name."""
-    messages: list[ChatMessage]
-    """The conversation that the replies answer."""
-    replies: list[Candidate]
-    """All have scores, or all have ranks."""
 
 
 class Triple(Message):
@@ -83,7 +60,7 @@ class Triples:
 
 
 def triples_of(items: Iterable[Judged], rule: LabelRule) -> Triples:
-    """One example for each reply. Raises BadInput for a prompt of which some replies have no score and some no rank.
+    """One example for each reply.
 
     Left out and counted: prompts with one reply or without text, texts that stand at different places of the order,
     repetitions, and all but one of replies that are equally good.
@@ -94,7 +71,8 @@ def triples_of(items: Iterable[Judged], rule: LabelRule) -> Triples:
         if len(replies) < 2:
             found.dropped["prompts with less than two replies"] += 1
         else:
-            usable.append((item, _by_scores(item), replies))
+            scored = all(reply.score is not None for reply in replies)
+            usable.append((item, scored, replies))
     gaps = [gap for _, scored, replies in usable if scored for gap in gaps_of(replies)]
     if gaps:
         found.threshold = major_above(gaps, rule.noise)
@@ -105,18 +83,9 @@ def triples_of(items: Iterable[Judged], rule: LabelRule) -> Triples:
     return found
 
 
-def _by_scores(item: Judged) -> bool:
-    """Whether the order is that of scores."""
-    if all(reply.score is not None for reply in item.replies):
-        return True
-    if any(reply.rank is None for reply in item.replies):
-        raise BadInput(f"prompt {item.id!r}: expected a score of every reply, or a rank of every reply")
-    return False
-
-
 def _distinct(replies: Sequence[Candidate], dropped: Counter[str]) -> list[Candidate]:
     """Each text once; none of a text that stands at different places of the order."""
-    places: dict[str, set[tuple[float | None, int | None]]] = defaultdict(set)
+    places: dict[str, set[tuple[float | None, float | None]]] = defaultdict(set)
     for reply in replies:
         places[reply.text].add((reply.score, reply.rank))
     kept: dict[str, Candidate] = {}
@@ -149,7 +118,7 @@ def labels_by_score(gaps: Sequence[float], noise: float, threshold: float) -> li
 
 def labels_by_rank(replies: Sequence[Candidate], rule: LabelRule) -> list[Label]:
     """Rank 1 needs `no` revision, the next a `minor`, the others a `major` one; of a pair their distance decides."""
-    ranks = [reply.rank or 1 for reply in replies]
+    ranks = [reply.rank or 1.0 for reply in replies]
     best = min(ranks)
     if len(replies) == 2 and rule.minor_max_rank is None:
         apart: Label = "major" if edit_distance(*(one.text for one in replies))[1] > rule.major_distance else "minor"
@@ -159,12 +128,13 @@ def labels_by_rank(replies: Sequence[Candidate], rule: LabelRule) -> list[Label]
 
 
 def _add(found: Triples, item: Judged, replies: Sequence[Candidate], labels: Sequence[Label], noise: float) -> None:
-    goodness = [reply.score if reply.score is not None else -float(reply.rank or 1) for reply in replies]
+    has_scores = all(reply.score is not None for reply in replies)
+    goodness = [(reply.score or 0.0) if has_scores else -(reply.rank or 1.0) for reply in replies]
     best = max(range(len(replies)), key=goodness.__getitem__)
     if not replies[best].text.strip():
         found.dropped["prompts whose best reply is empty"] += 1
         return
-    has_scores, tied = replies[best].score is not None, set(labels) == {"no"}
+    tied = set(labels) == {"no"}
     for i, (reply, label) in enumerate(zip(replies, labels, strict=True)):
         if tied and i != best:
             found.dropped["equally good"] += 1

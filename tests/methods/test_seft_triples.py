@@ -10,9 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from methods.chat_data import Candidate, Judged, read_judged
 from methods.seft_triples import (
-    Candidate,
-    Judged,
     LabelRule,
     Triple,
     balanced,
@@ -22,7 +21,6 @@ from methods.seft_triples import (
     major_above,
     triples_of,
 )
-from methods.worlds.documents import read_rows
 from protocols.errors import BadInput
 from protocols.messages import ChatMessage
 
@@ -122,12 +120,6 @@ def test_an_empty_reply_needs_a_major_revision() -> None:
     ]
 
 
-def test_an_order_must_be_known() -> None:
-    halves = Judged(id="p", messages=ASKED, replies=[Candidate(text="a", score=1), Candidate(text="b", rank=2)])
-    with pytest.raises(BadInput, match="prompt 'p': expected a score of every reply, or a rank of every reply"):
-        triples_of([halves], LabelRule())
-
-
 # What always holds.
 
 REPLIES = st.lists(st.tuples(st.text("ab \n", max_size=6), st.sampled_from([0.0, 0.5, 1.0])), min_size=1, max_size=5)
@@ -171,16 +163,7 @@ def test_balance(labels: list[Any], seed: int) -> None:
 @pytest.mark.skipif("REPERTORY_DATA" not in os.environ, reason="REPERTORY_DATA is not set")
 def test_real_preferences() -> None:
     file = Path(os.environ["REPERTORY_DATA"]) / "seft" / "preference_pairs.jsonl"
-    items = [
-        Judged(
-            id=row["id"],
-            messages=[ChatMessage(role="user", content=row["prompt"])],
-            replies=[Candidate(text=row["better"], rank=1), Candidate(text=row["worse"], rank=2)],
-        )
-        for _, row in read_rows(file, "preferences")
-    ]
-    found = triples_of(items, LabelRule())
-    assert len(items) == 195
+    found = triples_of(read_judged([str(file)]), LabelRule())
     # Answers of different models share few words, so hardly any pair is a minor revision.
     assert Counter(one.label for one in found.kept) == {"no": 195, "minor": 10, "major": 185}
     assert not found.dropped and found.threshold is None
