@@ -174,12 +174,17 @@ def balanced(triples: Sequence[Triple], rng: np.random.Generator) -> list[Triple
     return [triples[i] for i in sorted(np.concatenate(kept).tolist())]
 
 
+def words_of(text: str, *, keep_blanks: bool = False) -> list[str]:
+    """The words of a text, and if wanted the blanks between them."""
+    return re.findall(r"\s+|\S+", text) if keep_blanks else text.split()
+
+
 def edit_distance(one: str, other: str) -> tuple[int, float]:
     """Fewest insertions, deletions and replacements of words, and their share of the longer text's words.
 
     Where one of them is code or a table, blanks count as words.
     """
     keep = bool(LAYOUT.search(one) or LAYOUT.search(other))
-    words = [re.findall(r"\s+|\S+", text) if keep else text.split() for text in (one, other)]
+    words = [words_of(text, keep_blanks=keep) for text in (one, other)]
     distance = Levenshtein.distance(*words)
     return distance, distance / max(*map(len, words), 1)
