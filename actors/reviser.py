@@ -1,5 +1,6 @@
 """The reviser: labels replies by the probabilities of a policy, lets it write what needs revision, and teaches it."""
 
+import asyncio
 import hashlib
 import json
 from collections.abc import AsyncGenerator, Sequence
@@ -9,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actors.actor import Actor
+from actors.in_turn import InTurn
 from protocols.errors import BadInput
 from protocols.losses import SFTLoss
 from protocols.messages import ChatMessage, Prompt
@@ -64,6 +66,8 @@ class ReviserActor(Actor, ReviserService):
         self._context = 0
         self._behind = False
         """Whether samplers have yet to see what was learnt."""
+        self._catching_up = asyncio.Lock()
+        self._in_turn = InTurn()
 
     async def setup(self) -> None:
         """Raises BadInput when the policy has no end token, or its tokenizer does not tell the labels apart."""
@@ -129,9 +133,7 @@ class ReviserActor(Actor, ReviserService):
             yield RevisionDelta(index=place, text=delta.text, finish_reason=delta.finish_reason)
 
     async def _label(self, request: ReviseRequest) -> list[Labelled]:
-        if self._behind:
-            await self._policy.publish(Empty())
-            self._behind = False
+        await self._catch_up()
         prompts = await self._prompts(request.items)
         # At least one token of text.
         room = self._context - max(map(len, self._heads.values())) - 1
@@ -158,6 +160,19 @@ class ReviserActor(Actor, ReviserService):
                 found[i] = Labelled(revision, Prompt(tokens=Tensor(start), seed=item.seed, uid=item.uid))
         return found
 
+    async def _catch_up(self) -> None:
+        """Let the samplers have what was learnt. Whoever asks meanwhile waits for it, too."""
+        async with self._catching_up:
+            if not self._behind:
+                return
+            # Before the call: what is learnt during it has to be published again.
+            self._behind = False
+            try:
+                await self._policy.publish(Empty())
+            except BaseException:
+                self._behind = True
+                raise
+
     async def _probabilities(self, prompts: Sequence[Ids]) -> "Probabilities":
         """Of each label after each prompt, among the three."""
         if not prompts:
@@ -179,11 +194,14 @@ class ReviserActor(Actor, ReviserService):
         too_long = len(request.examples) - len(rows)
         if not rows:
             raise BadInput(f"examples: none of {too_long} fits the policy's context of {self._context} tokens")
+        return await self._in_turn(lambda: self._learn(rows, too_long, request.learning_rate))
+
+    async def _learn(self, rows: Sequence[TrainRow], too_long: int, rate: float | None) -> ReviserTrainResponse:
         weight = sum(float(row.terms[TERM].array.sum()) for row in rows)
         report = await self._policy.forward_backward(
-            ForwardBackwardRequest(rows=rows, losses={TERM: SFTLoss()}, counts={TERM: weight})
+            ForwardBackwardRequest(rows=list(rows), losses={TERM: SFTLoss()}, counts={TERM: weight})
         )
-        update = await self._policy.optim_step(OptimStepRequest(learning_rate=request.learning_rate))
+        update = await self._policy.optim_step(OptimStepRequest(learning_rate=rate))
         self._behind = True
         return ReviserTrainResponse(
             loss=report.loss,

@@ -1,5 +1,6 @@
 """The reviser over a small policy with a tokenizer of real text."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -7,11 +8,20 @@ from typing import Any
 import numpy as np
 import pytest
 
+from actors.reviser import ReviserActor
 from cluster.cluster import Cluster
 from cluster.config import MethodConfig
 from protocols.errors import BadInput, Corrupt, Stale
 from protocols.messages import ChatMessage, Prompt, SamplingParams
-from protocols.policy import PolicyConfig, PolicyService, SampleRequest, ScoreRequest, TokenizeRequest
+from protocols.policy import (
+    PolicyConfig,
+    PolicyService,
+    PublishResponse,
+    SampleRequest,
+    ScoreRequest,
+    ScoreResponse,
+    TokenizeRequest,
+)
 from protocols.reviser import (
     LABELS,
     ReviseItem,
@@ -146,6 +156,47 @@ async def streamed(reviser: ReviserService, request: ReviseRequest) -> list[tupl
         labels.setdefault(delta.index, delta.label)
         texts[delta.index] = texts.get(delta.index, "") + delta.text
     return [(labels[i], texts[i]) for i in range(len(request.items))]
+
+
+async def test_nobody_is_answered_by_samplers_that_are_behind(
+    policy: PolicyService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reviser = ReviserActor(ReviserConfig.model_validate(BRIEF), policy)
+    await reviser.setup()
+    began, go_on, published, behind = asyncio.Event(), asyncio.Event(), [0], [0]
+    publish, score = policy.publish, policy.score
+
+    async def slowly(request: Empty) -> PublishResponse:
+        began.set()
+        await go_on.wait()
+        response = await publish(request)
+        published.append(response.version)
+        return response
+
+    async def scored(request: ScoreRequest) -> ScoreResponse:
+        behind.append(published[-1])
+        return await score(request)
+
+    monkeypatch.setattr(policy, "publish", slowly)
+    monkeypatch.setattr(policy, "score", scored)
+    await reviser.train(ReviserTrainRequest(examples=EXAMPLES))
+    asking = [asyncio.ensure_future(reviser.revise(a_request(WEAK, labels_only=True))) for _ in range(2)]
+    await began.wait()
+    # A step amid the publication, which may have come too late for it.
+    await reviser.train(ReviserTrainRequest(examples=EXAMPLES))
+    go_on.set()
+    await asyncio.gather(*asking)
+    assert len(published) == 3 and behind == [0, 2, 2]
+    await reviser.revise(a_request(WEAK, labels_only=True))
+    assert len(published) == 3
+
+
+async def test_steps_do_not_mix(reviser: ReviserService) -> None:
+    """Of two callers each has a step of its own."""
+    first, second = await asyncio.gather(
+        *(reviser.train(ReviserTrainRequest(examples=[one])) for one in EXAMPLES[1:])
+    )
+    assert (first.version, second.version) == (1, 2)
 
 
 async def test_what_needs_no_revision_comes_back_as_it_was(reviser: ReviserService) -> None:
