@@ -14,8 +14,8 @@ serve: $(VENV)/.installed
 
 # What starts Ray or vLLM takes the whole machine; the rest runs in two processes.
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not ray and not vllm"
-	$(BIN)/python -m pytest -m "ray or vllm"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not ray and not vllm"; first=$$?; \
+	$(BIN)/python -m pytest -m "ray or vllm" && exit $$first
 
 # Without Ray, vLLM and training runs.
 fast: $(VENV)/.installed-dev

@@ -4,7 +4,10 @@ import asyncio
 import hashlib
 import json
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
+from itertools import permutations
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +17,7 @@ from actors.in_turn import InTurn
 from protocols.errors import BadInput
 from protocols.losses import SFTLoss
 from protocols.messages import ChatMessage, Prompt
-from protocols.policy import PolicyService, SampleRequest, ScoreRequest, TokenizeRequest
+from protocols.policy import PolicyService, SampleDelta, SampleRequest, ScoreRequest, TokenizeRequest
 from protocols.reviser import (
     LABELS,
     Label,
@@ -83,9 +86,10 @@ class ReviserActor(Actor, ReviserService):
         ]
         no, minor, major = await self._continuations(prompts)
         self._heads = {"no": np.append(no, self._end).astype(np.int32), "minor": minor, "major": major}
-        if len({tuple(head.tolist()) for head in self._heads.values()}) < len(LABELS):
+        told = [tuple(head.tolist()) for head in (no, minor, major)]
+        if any(other[: len(one)] == one for one, other in permutations(told, 2)):
             raise BadInput(
-                f"reviser.names: got {names}, which are not different tokens of the policy's model; expected words"
+                f"reviser.names: got {names}, of whose tokens some begin others in the policy's model; expected words"
                 " that its tokenizer knows"
             )
 
@@ -112,6 +116,7 @@ class ReviserActor(Actor, ReviserService):
                         "text": completion.text,
                         "finish_reason": completion.finish_reason,
                         "decoded_tokens": len(completion.tokens),
+                        "version": int(completion.versions.array[0]),
                     }
                 )
         return ReviseResponse(revisions=revisions)
@@ -121,16 +126,17 @@ class ReviserActor(Actor, ReviserService):
         labelled = await self._label(request)
         for index, one in enumerate(labelled):
             text = "" if one.prompt else one.revision.text
-            yield RevisionDelta(
-                index=index, label=one.revision.label, label_probs=one.revision.label_probs, text=text
-            )
+            known = one.revision.model_dump(include={"label", "label_probs", "too_long"})
+            yield RevisionDelta.model_validate({"index": index, "text": text} | known)
         asked = {i: one.prompt for i, one in enumerate(labelled) if one.prompt is not None}
         if not asked:
             return
         places = list(asked)
-        async for delta in self._policy.stream(SampleRequest(prompts=list(asked.values()), params=request.params)):
-            place = places[delta.prompt_index]
-            yield RevisionDelta(index=place, text=delta.text, finish_reason=delta.finish_reason)
+        written = self._policy.stream(SampleRequest(prompts=list(asked.values()), params=request.params))
+        async with aclosing(cast(AsyncGenerator[SampleDelta], written)) as deltas:
+            async for delta in deltas:
+                place = places[delta.prompt_index]
+                yield RevisionDelta(index=place, text=delta.text, finish_reason=delta.finish_reason)
 
     async def _label(self, request: ReviseRequest) -> list[Labelled]:
         await self._catch_up()
@@ -231,9 +237,10 @@ class ReviserActor(Actor, ReviserService):
 
     def _row(self, example: ReviserExample, prompt_P: Ids, text_S: Ids) -> TrainRow:
         head_H = self._heads[example.label] if self._config.adaptive else NOTHING
-        weights_T = np.repeat([0.0, self._config.label_weight, 1.0], [len(prompt_P), len(head_H), len(text_S)])
-        if len(head_H) and not len(text_S):
-            weights_T[-1] = 1.0  # the end of `no` is an end as any other
+        # The end of `no` is an end as any other.
+        named, ended = (len(head_H) - 1, 1) if example.label == "no" and len(head_H) else (len(head_H), 0)
+        of_name = self._config.label_weight / max(named, 1)
+        weights_T = np.repeat([0.0, of_name, 1.0], [len(prompt_P), named, ended + len(text_S)])
         tokens_T = np.concatenate([prompt_P, head_H, text_S])
         return TrainRow(row_id=example.uid, tokens=tokens_T, terms={TERM: weights_T})
 
@@ -264,7 +271,7 @@ def asked(config: ReviserConfig, one: ReviseItem | ReviserExample) -> str:
     """The question about one reply."""
     names = [config.names[label] for label in LABELS]
     places = {"labels": f"{names[0]}, {names[1]} or {names[2]}", "no": names[0]}
-    return config.prompt.format(prompt=spoken(one.messages), reply=one.reply, **places)
+    return config.asks.format(prompt=spoken(one.messages), reply=one.reply, **places)
 
 
 def spoken(messages: Sequence[ChatMessage]) -> str:
@@ -276,5 +283,5 @@ def spoken(messages: Sequence[ChatMessage]) -> str:
 
 def digest(config: ReviserConfig) -> str:
     """Names what a reviser is asked and how it answers."""
-    told = json.dumps([config.prompt, [config.names[label] for label in LABELS], config.adaptive])
+    told = json.dumps([config.asks, [config.names[label] for label in LABELS], config.adaptive])
     return hashlib.sha256(told.encode()).hexdigest()[:16]

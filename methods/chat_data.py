@@ -19,6 +19,7 @@ SPEAKERS: dict[str, Literal["system", "user", "assistant"]] = {
     "gpt": "assistant",
     "assistant": "assistant",
 }
+REQUIRED = {"prompt", "instruction", "responses", "answers", "completions", "chosen", "rejected", "better", "worse"}
 TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
@@ -65,15 +66,24 @@ class Row(BaseModel):
     id: str = ""
 
 
+class Response(BaseModel):
+    """One of the responses."""
+
+    text: str
+    score: float | None = Field(default=None, allow_inf_nan=False)
+    rank: float | None = Field(default=None, ge=1, allow_inf_nan=False)
+    model: str = ""
+
+
 class Ranked(Row):
     """{prompt, responses: [{text, score or rank, model}]}."""
 
     prompt: str
-    responses: list[Candidate] = Field(min_length=1)
+    responses: list[Response] = Field(min_length=1)
 
     def judged(self) -> tuple[list[ChatMessage], list[Candidate]]:
         """Its parts."""
-        return said(self.prompt), self.responses
+        return said(self.prompt), [Candidate.model_validate(one.model_dump()) for one in self.responses]
 
 
 class BetterWorse(Row):
@@ -110,7 +120,11 @@ class ChosenRejected(Row):
         return before, [Candidate(text=better, rank=1), Candidate(text=worse, rank=2)]
 
     def _side(self, given: str | list[Turn]) -> tuple[list[ChatMessage], str]:
-        return (said(self.prompt), given) if isinstance(given, str) else parted(turns(given))
+        if isinstance(given, str):
+            return said(self.prompt), given
+        if given and given[-1].role != "assistant":
+            raise ValueError("chosen, rejected: expected conversations that end with a turn of the assistant")
+        return parted(turns(given))
 
 
 class Answer(BaseModel):
@@ -253,7 +267,9 @@ def _read(
         shown = ", ".join(row) or "none"
         raise BadInput(f"{what}: {place}: got the fields {shown}; expected one of {', '.join(forms)}")
     try:
-        form = forms[key].model_validate({**row, "id": str(row["id"])} if "id" in row else row)
+        # Where there is nothing, null says the same as a field that is missing.
+        given = {name: value for name, value in row.items() if value is not None or name in REQUIRED}
+        form = forms[key].model_validate({**given, "id": str(row["id"])} if "id" in given else given)
         found = parts(form)
     except ValidationError as error:
         raise BadInput(f"{what}: {place}: {describe_validation_error(error)}") from error
@@ -286,7 +302,7 @@ def parted(messages: list[ChatMessage]) -> tuple[list[ChatMessage], str]:
 
 
 def marked_turns(text: str) -> list[ChatMessage]:
-    """A conversation in one text, its turns marked as Anthropic's and Nectar's are.
+    """A conversation in one text, its turns marked as Nectar's are.
 
     Raises ValueError unless the first and the last turn with text are the user's.
     """
@@ -295,7 +311,11 @@ def marked_turns(text: str) -> list[ChatMessage]:
     messages = [ChatMessage(role=SPEAKERS[who.lower()], content=what.strip()) for who, what in marked]
     if messages and messages[-1] == ChatMessage(role="assistant", content=""):
         messages.pop()
-    if parts[0].strip() or not messages or any(messages[i].role != "user" for i in (0, -1)):
+    if (
+        parts[0].strip()
+        or not messages
+        or any(messages[i].role != "user" or not messages[i].content for i in (0, -1))
+    ):
         shown = text if len(text) <= 60 else f"{text[:57]}..."
         raise ValueError(f"prompt: got {shown!r}; expected turns after `\\n\\nHuman:` and `\\n\\nAssistant:`")
     return messages

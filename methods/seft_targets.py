@@ -27,7 +27,7 @@ def best_own(probs: Sequence[LabelProbs], least: float = 0.5) -> int | None:
 def problem_of(reply: str, revision: Revision, names: Collection[str]) -> str | None:
     """Why a revision must not be taught; None if it may. What needed none is the reply itself, and may.
 
-    `names` are what the reviser writes for its labels.
+    `names` are what the reviser writes for its labels, on lines of their own.
     """
     if revision.too_long:
         return "too long to be revised"
@@ -36,9 +36,9 @@ def problem_of(reply: str, revision: Revision, names: Collection[str]) -> str | 
     text = revision.text
     if not text.strip():
         return "empty"
-    if revision.finish_reason is FinishReason.LENGTH:
+    if revision.finish_reason not in (FinishReason.STOP, FinishReason.STOP_TEXT):
         return "not finished"
-    if any(name in text for name in names):
+    if any(line.strip() in names for line in text.splitlines()):
         return "label in the text"
     if text == reply:
         return "unchanged"

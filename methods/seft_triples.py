@@ -7,12 +7,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from pydantic import Field
 from rapidfuzz.distance import Levenshtein
 
 from methods.chat_data import Candidate, Judged
 from protocols.errors import BadInput
 from protocols.messages import ChatMessage
-from protocols.reviser import LABELS, Label
+from protocols.reviser import Label
 from protocols.service import Message
 
 LAYOUT = re.compile(r"```|\t|^(?: {2,}|\|)", re.MULTILINE)
@@ -41,10 +42,11 @@ class Triple(Message):
 class LabelRule(Message):
     """How labels follow from the order of replies (our design: the paper's rule could not be read)."""
 
-    noise: float = 0.0
-    """t0: up to this gap to the best reply a score counts as equal."""
-    minor_max_rank: int | None = None
-    """Ranks 2 to this one need a minor revision; null: to half of the replies, rounded up."""
+    noise: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """t0: up to this gap to the best reply a score counts as equal; ranks have no noise."""
+    minor_max_rank: int | None = Field(default=None, ge=1)
+    """Ranks 2 to this one need a minor revision, in pairs too; null: to half of the replies, rounded up, and pairs by
+    their distance."""
     major_distance: float = 0.5
     """Of pairs: above this normalised edit distance to the better reply the worse one needs a major revision."""
 
@@ -62,8 +64,8 @@ class Triples:
 def triples_of(items: Iterable[Judged], rule: LabelRule) -> Triples:
     """One example for each reply.
 
-    Left out and counted: prompts with one reply or without text, texts that stand at different places of the order,
-    repetitions, and all but one of replies that are equally good.
+    Left out and counted: prompts with one reply or whose best is empty, texts that stand at different places of the
+    order, repetitions, and of prompts whose replies are all equally good all but one.
     """
     found, usable = Triples(), []
     for item in items:
@@ -130,20 +132,21 @@ def labels_by_rank(replies: Sequence[Candidate], rule: LabelRule) -> list[Label]
 def _add(found: Triples, item: Judged, replies: Sequence[Candidate], labels: Sequence[Label], noise: float) -> None:
     has_scores = all(reply.score is not None for reply in replies)
     goodness = [(reply.score or 0.0) if has_scores else -(reply.rank or 1.0) for reply in replies]
-    best = max(range(len(replies)), key=goodness.__getitem__)
+    best = max(range(len(replies)), key=lambda i: (goodness[i], bool(replies[i].text.strip())))
     if not replies[best].text.strip():
         found.dropped["prompts whose best reply is empty"] += 1
         return
-    tied = set(labels) == {"no"}
+    tied = all(label == "no" for reply, label in zip(replies, labels, strict=True) if reply.text.strip())
     for i, (reply, label) in enumerate(zip(replies, labels, strict=True)):
-        if tied and i != best:
-            found.dropped["equally good"] += 1
-            continue
         # An empty reply has nothing to keep, whatever it scores.
         label = label if reply.text.strip() else "major"
+        if tied and label == "no" and i != best:
+            found.dropped["equally good"] += 1
+            continue
         target = reply.text if label == "no" else replies[best].text
         if label == "minor":
-            better = [one.text for one, good in zip(replies, goodness, strict=True) if good > goodness[i] + noise]
+            least = noise if has_scores else 0.0
+            better = [o.text for o, good in zip(replies, goodness, strict=True) if good - goodness[i] > least]
             target = min(filter(str.strip, better), key=lambda text: edit_distance(reply.text, text)[0])
         found.kept.append(
             Triple(
@@ -161,15 +164,15 @@ def _add(found: Triples, item: Judged, replies: Sequence[Candidate], labels: Seq
 def balanced(triples: Sequence[Triple], rng: np.random.Generator) -> list[Triple]:
     """As many as there may be with no label more than twice as frequent as another, in the given order.
 
-    Raises BadInput where a label is missing: a reviser that has not seen `no` rewrites everything.
+    Labels that do not occur do not count, but for `no`: a reviser that has not seen it rewrites everything. Raises
+    BadInput where there is none.
     """
-    places: dict[Label, list[int]] = {label: [] for label in LABELS}
+    places: dict[Label, list[int]] = defaultdict(list)
     for i, triple in enumerate(triples):
         places[triple.label].append(i)
-    rarest = min(LABELS, key=lambda label: len(places[label]))
-    if not places[rarest]:
-        raise BadInput(f"preferences: no reply is labelled `{rarest}`; expected replies of different quality")
-    most = 2 * len(places[rarest])
+    if "no" not in places:
+        raise BadInput("preferences: no reply is labelled `no`; expected some that are best, or near it")
+    most = 2 * min(map(len, places.values()))
     kept = [rng.choice(at, most, replace=False) if len(at) > most else np.array(at) for at in places.values()]
     return [triples[i] for i in sorted(np.concatenate(kept).tolist())]
 

@@ -115,7 +115,7 @@ class PolicyInfo(Message):
     context_length: int
     """Longest sequence, in tokens."""
     eos_token_ids: list[int]
-    """Tokens that end a completion."""
+    """Tokens that end a completion, the tokenizer's own first."""
     version: int
     """Weight version."""
     tokenizer: str = ""

@@ -19,7 +19,8 @@ PROMPT = (
     "Prompt:\n{prompt}\n\nAnswer:\n{reply}\n\nHow much does the answer have to be revised? Write {labels}. Unless"
     " it is {no}, write the improved answer below."
 )
-"""What the reviser is asked (our wording: the paper's could not be read)."""
+PLAIN_PROMPT = "Prompt:\n{prompt}\n\nAnswer:\n{reply}\n\nWrite an improved answer."
+"""What the reviser is asked, with and without labels (our wording: the paper's could not be read)."""
 
 
 class ReviserConfig(Message):
@@ -28,24 +29,29 @@ class ReviserConfig(Message):
     adaptive: bool = True
     """Say first how much revision a reply needs, and give back the ones that need none. false: revise all, as a
     baseline without labels."""
-    prompt: str = PROMPT
-    """What it is asked, with the places {prompt} and {reply}, and if wanted {labels} and {no}. It must be the same
-    in training and use."""
+    prompt: str | None = None
+    """What it is asked, with the places {prompt} and {reply}, and if wanted {labels} and {no}; null: one of its own.
+    It must be the same in training and use."""
     names: dict[Label, str] = {"no": "[no]", "minor": "[minor]", "major": "[major]"}
     """What it writes for each label; quickest where each is one token of the policy."""
     label_weight: float = Field(default=3.0, gt=0)
-    """Weight of a label's tokens in the loss, where those of the text have 1: a label is one token among hundreds."""
+    """Weight of a label in the loss, spread over its tokens, where each token of the text has 1: a label is one among
+    hundreds."""
     resources: Resources = Resources()
     """What it takes on a cluster; its policy does the computing."""
 
     @field_validator("prompt")
     @classmethod
-    def _has_its_places(cls, prompt: str) -> str:
+    def _has_its_places(cls, prompt: str | None) -> str | None:
+        if prompt is None:
+            return None
         try:
-            places = {place for _, place, *_ in Formatter().parse(prompt) if place is not None}
+            parts = [part for part in Formatter().parse(prompt) if part[1] is not None]
         except ValueError as error:
             raise ValueError(f"{error}; write a brace that is text twice") from error
-        if not {"prompt", "reply"} <= places <= {"prompt", "reply", "labels", "no"}:
+        places = {str(place) for _, place, *_ in parts}
+        plain = all(not form and not conversion for _, _, form, conversion in parts)
+        if not plain or not {"prompt", "reply"} <= places <= {"prompt", "reply", "labels", "no"}:
             raise ValueError("expected the places {prompt} and {reply}, and none but {labels} and {no} beside them")
         return prompt
 
@@ -65,6 +71,11 @@ class ReviserConfig(Message):
         if resources.replicas > 1:
             raise ValueError("replicas: a reviser has one; give its policy more samplers instead")
         return resources
+
+    @property
+    def asks(self) -> str:
+        """The text that it is asked with."""
+        return self.prompt or (PROMPT if self.adaptive else PLAIN_PROMPT)
 
 
 class ReviseItem(Message):
@@ -120,7 +131,7 @@ class Revision(Message):
     too_long: bool = False
     """Whether conversation and reply leave no room in the policy's context; nothing is revised then."""
     version: int = 0
-    """Weight version that labelled and wrote."""
+    """Weight version that labelled it, or, where a text was written, that began that."""
 
 
 class ReviseResponse(Message):
@@ -141,6 +152,8 @@ class RevisionDelta(Message):
     """Set with the label."""
     text: str = ""
     """New text."""
+    too_long: bool = False
+    """Whether conversation and reply leave no room; then the text is the reply."""
     finish_reason: FinishReason | None = None
     """Set on the last one of a text that is written."""
 

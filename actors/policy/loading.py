@@ -259,7 +259,9 @@ def _with_adapter(model: Any, config: LoRAConfig, seed: int, head: Head) -> Any:
 def _eos_ids(model: Any, tokenizer: Any) -> list[int]:
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = configured if isinstance(configured, list) else [configured]
-    return sorted({int(i) for i in [*ids, tokenizer.eos_token_id] if i is not None})
+    own = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    # First the one that ends a turn of a conversation: whoever teaches an end teaches this one.
+    return own + sorted({int(i) for i in ids if i is not None} - set(own))
 
 
 def _context_length(model: Any) -> int:

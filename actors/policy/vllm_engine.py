@@ -86,17 +86,17 @@ class VLLMEngine:
 
         if not on_gpu(self._config):
             check_heads(outline)
-        set_threads = torch.set_num_threads
-        set_threads(self._config.threads or len(os.sched_getaffinity(0)))
-        try:
-            arguments = EngineArgs(**engine_arguments(self._config, outline))
-            with ONE_AT_A_TIME:
+        with ONE_AT_A_TIME:
+            set_threads = torch.set_num_threads
+            set_threads(self._config.threads or len(os.sched_getaffinity(0)))
+            try:
+                arguments = EngineArgs(**engine_arguments(self._config, outline))
                 self._engine = LLMEngine.from_engine_args(arguments, enable_multiprocessing=False)
-        except (ValueError, RuntimeError) as error:
-            raise BadInput(f"sampler: vLLM cannot serve {self._config.model!r}: {error}") from error
-        finally:
-            # On a CPU vLLM disables this for the whole process.
-            torch.set_num_threads = set_threads
+            except (ValueError, RuntimeError) as error:
+                raise BadInput(f"sampler: vLLM cannot serve {self._config.model!r}: {error}") from error
+            finally:
+                # On a CPU vLLM disables this for the whole process.
+                torch.set_num_threads = set_threads
         self._engine.collective_rpc(install_sampler)
 
     async def complete(self, requests: Sequence[Request]) -> None:

@@ -114,7 +114,7 @@ async def test_the_text_continues_the_label(policy: PolicyService, reviser: Revi
 
 
 async def test_the_loss_weighs_labels(policy: PolicyService, reviser: ReviserService) -> None:
-    """SEFT 2.3: sum of w nll over sum of w, with w 3 on the label's tokens and 1 on text and end."""
+    """SEFT 2.3: sum of w nll over sum of w, with w 3 on the label, over its tokens, and 1 on text and end."""
     total = weight = 0.0
     end = (await policy.info(Empty())).eos_token_ids[0]
     for one in EXAMPLES:
@@ -122,10 +122,9 @@ async def test_the_loss_weighs_labels(policy: PolicyService, reviser: ReviserSer
         head, text = await outputs(policy, one.label, one.target)
         scored = await policy.score(ScoreRequest(sequences=[start + head + text]))
         nll = -scored.logprobs[0].array[len(start) :]
-        weights = np.array([3.0] * len(head) + [1.0] * len(text))
-        if not text:
-            assert head[-1] == end
-            weights[-1] = 1
+        named = head[:-1] if one.label == "no" else head
+        weights = np.array([3.0 / len(named)] * len(named) + [1.0] * (len(head) - len(named) + len(text)))
+        assert (head + text)[-1] == end
         total, weight = total + float((weights * nll).sum()), weight + weights.sum()
     answer = await reviser.train(ReviserTrainRequest(examples=EXAMPLES))
     assert answer.loss == pytest.approx(total / weight, rel=1e-5)
@@ -268,6 +267,8 @@ async def test_weights_of_another_prompt_are_refused(
     [
         ({"prompt": "{prompt}"}, r"expected the places \{prompt\} and \{reply\}"),
         ({"prompt": "{prompt} {reply} {answer}"}, "none but"),
+        ({"prompt": "{prompt:{labels}} {reply}"}, "none but"),
+        ({"prompt": "{prompt!r} {reply}"}, "none but"),
         ({"prompt": "{prompt} {reply} {"}, "write a brace that is text twice"),
         ({"names": {"no": "no", "minor": "minor"}}, "one line of text for each of no, minor, major"),
         ({"names": {"no": "m", "minor": "minor", "major": "major"}}, "none begins with another"),

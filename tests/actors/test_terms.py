@@ -18,6 +18,7 @@ from actors.policy import forward
 from actors.policy.forward import log_softmax, logprobs_and_entropy, token_scores
 from actors.policy.loading import Loaded, load
 from actors.policy.microbatch import by_pair, pad_right
+from actors.policy.terms import evaluate, token_batch
 from actors.policy.torch_trainer import TorchTrainer
 from methods.advantages import normalised
 from protocols.errors import BadInput
@@ -445,6 +446,19 @@ def test_the_step_scores_of_the_specification() -> None:
     (gradient,), report = over_scores(StepsLoss(), ([0.2, 7, -1.5, 3], [1, 0, 1, 1]), targets=[1, math.nan, -1, 1])
     assert report.loss == pytest.approx(0.217743, abs=1e-6)
     assert gradient[1] == 0 and all(gradient[::2])
+
+
+@pytest.mark.parametrize(("label", "loss"), [(1.0, 0.557509), (3.0, 0.619562)])
+def test_the_weighted_likelihood_of_seft(label: float, loss: float) -> None:
+    """Sum of w nll over sum of w; the first token is the prompt's, the second the label's."""
+    logits = torch.tensor([[2.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 3, 0], [1, 1, 0, 0], [0, 0, 0, 2]])
+    logprobs = logits.log_softmax(-1).gather(-1, torch.tensor([0, 1, 2, 0, 3])[:, None]).T
+    assert (-logprobs[0]).tolist() == approx(0.340753, 0.743668, 0.139206, 1.006409, 0.340753)
+    weights = torch.tensor([[0.0, label, 1, 1, 1]])
+    row = TrainRow(row_id="r", tokens=[1] * 5, terms={"a": weights[0].tolist()})
+    batch = token_batch([row], np.arange(5), weights, logprobs_BK=logprobs, entropy_BK=torch.zeros(1, 5))
+    term = evaluate(SFTLoss(), batch, weights, [row])
+    assert (term.total / weights.sum()).item() == pytest.approx(loss, abs=1e-5)
 
 
 def test_orpo_of_the_specification() -> None:

@@ -29,7 +29,10 @@ def a_file(folder: Path, *rows: Any) -> list[str]:
 PAIR = [Candidate(text="yes", rank=1), Candidate(text="no", rank=2)]
 JUDGED: list[tuple[dict[str, Any], list[ChatMessage], list[Candidate]]] = [
     (
-        {"prompt": "why?", "responses": [{"text": "a", "score": 1}, {"text": "b", "score": 0.5, "model": "m"}]},
+        {
+            "prompt": "why?",
+            "responses": [{"text": "a", "score": 1, "votes": 9}, {"text": "b", "score": 0.5, "model": "m"}],
+        },
         [user("why?")],
         [Candidate(text="a", score=1), Candidate(text="b", score=0.5, model="m")],
     ),
@@ -70,8 +73,8 @@ JUDGED: list[tuple[dict[str, Any], list[ChatMessage], list[Candidate]]] = [
 def test_forms_of_preferences(
     row: dict[str, Any], messages: list[ChatMessage], replies: list[Candidate], tmp_path: Path
 ) -> None:
-    files = a_file(tmp_path, row, {"id": "own", **row}, {"id": 7, **row})
-    names = [f"{files[0]} line 1", "own", "7"]
+    files = a_file(tmp_path, row, {"id": "own", **row}, {"id": 7, **row}, {"id": None, **row})
+    names = [f"{files[0]} line 1", "own", "7", f"{files[0]} line 4"]
     assert list(read_judged(files)) == [Judged(id=name, messages=messages, replies=replies) for name in names]
 
 
@@ -80,6 +83,7 @@ CONVERSATIONS: list[tuple[dict[str, Any], list[ChatMessage], str]] = [
     ({"prompt": "why?", "reference": "so", "category": "c"}, [user("why?")], "so"),
     ({"instruction": "add", "input": "1 2", "output": "3"}, [user("add\n\n1 2")], "3"),
     ({"instruction": "add", "input": "", "output": "3"}, [user("add")], "3"),
+    ({"instruction": "add", "input": None, "output": None}, [user("add")], ""),
     (
         {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "why?"}]},
         [ChatMessage(role="system", content="s"), user("why?")],
@@ -126,6 +130,11 @@ def test_forms_of_conversations(row: dict[str, Any], messages: list[ChatMessage]
             "chosen, rejected: expected conversations that differ in their last turn alone",
         ),
         ({"prompt": "why?", "answers": [{"answer": "a", "rank": 1}]}, "prompt: got 'why.'; expected turns after"),
+        (
+            {"chosen": [{"role": "user", "content": "a"}], "rejected": [{"role": "user", "content": "a"}]},
+            "chosen, rejected: expected conversations that end with a turn of the assistant",
+        ),
+        ({"prompt": "\n\nHuman: \n\nAssistant: ", "answers": [{"answer": "a", "rank": 1}]}, "prompt: .*turns after"),
         ({"prompt": "x\n\nHuman: y", "answers": [{"answer": "a", "rank": 1}]}, "prompt: .*expected turns after"),
         ({"instruction": "i", "completions": [{"response": "r"}]}, "completions.0.overall_score: required"),
     ],
