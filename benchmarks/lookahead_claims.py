@@ -54,10 +54,12 @@ SKILLS = {
     },
 }
 SOURCES = ("arena_hard", "gsm8k", "math", "self_oss")
-QUERIES = "data.train_queries=1200"
-# One pass over the queries, the same for every kind that trains the encoder.
-TUNED = [QUERIES, "steps=75", "queries_per_step=16", "router.new_rate=10", "router.trainer.learning_rate=1.0e-4"]
-LOOKAHEAD = ["kind=lookahead", "router.response_tokens=8", "router.max_tokens=105", *TUNED]
+QUERIES = "data.train_queries=1600"
+# One pass over the queries, the same for every kind that trains the encoder. The rate is the larger of two, by the
+# classifier's loss in training.
+TUNED = [QUERIES, "steps=200", "queries_per_step=8", "router.new_rate=10", "router.trainer.learning_rate=3.0e-4"]
+TUNED += ["router.trainer.micro_batch_tokens=1200"]
+LOOKAHEAD = ["kind=lookahead", "router.response_tokens=8", *TUNED]
 # Embeddings do not change, so these may take many more steps.
 LIGHT = [QUERIES, "steps=600", "queries_per_step=64", "router.trainer.learning_rate=1.0e-3"]
 REAL = {
@@ -225,11 +227,8 @@ def real(
 ) -> dict[str, dict[str, list[float]]]:
     folder = Path(os.environ["REPERTORY_DATA"]).resolve() / "lookahead"
     files = ",".join(str(folder / f"{source}.jsonl.gz") for source in SOURCES)
-    common = [f"data.collected=[{files}]", "test_every=1000000"]
+    common = [f"data.collected=[{files}]", "test_every=1000000", "router.max_tokens=72"]
     words = {arm: [*common, *given] for arm, given in arms.items()}
-    for given in words.values():
-        if not any(word.startswith("router.max_tokens=") for word in given):
-            given.append("router.max_tokens=96")
     found = over_seeds("real", words, seeds, runs, pool)
     columns = ("mean", *SOURCES)
     table = {arm: {c: [one[c]["normalised"] for one in made] for c in columns} for arm, made in found.items()}
