@@ -144,20 +144,15 @@ class ReviserActor(Actor, ReviserService):
         # At least one token of text.
         room = self._context - max(map(len, self._heads.values())) - 1
         fitting = [i for i, prompt in enumerate(prompts) if len(prompt) <= room]
-        probs = await self._probabilities([prompts[i] for i in fitting]) if self._config.adaptive else None
-        version = probs.version if probs else (await self._policy.info(Empty())).version
-        found = [
-            Labelled(Revision(uid=item.uid, text=item.reply, too_long=True, version=version), None)
-            for item in request.items
-        ]
+        labels_BL, version = await self._probabilities([prompts[i] for i in fitting])
+        found = [Labelled(Revision(uid=item.uid, text=item.reply, too_long=True), None) for item in request.items]
         for row, i in enumerate(fitting):
             item, ids = request.items[i], prompts[i]
-            of_labels = probs.rows[row] if probs else None
             revision = Revision(uid=item.uid, text=item.reply, version=version)
             label: Label | None = None
-            if of_labels is not None:
-                label = LABELS[int(of_labels.argmax())]
-                shares = LabelProbs.model_validate(dict(zip(LABELS, of_labels.tolist(), strict=True)))
+            if labels_BL is not None:
+                label = LABELS[int(labels_BL[row].argmax())]
+                shares = LabelProbs.model_validate(dict(zip(LABELS, labels_BL[row].tolist(), strict=True)))
                 revision = revision.model_copy(update={"label": label, "label_probs": shares})
             if label == "no" or request.labels_only:
                 found[i] = Labelled(revision, None)
@@ -175,14 +170,14 @@ class ReviserActor(Actor, ReviserService):
             self._behind = False
             try:
                 await self._policy.publish(Empty())
-            except BaseException:
+            except BaseException:  # be it that the caller leaves
                 self._behind = True
                 raise
 
-    async def _probabilities(self, prompts: Sequence[Ids]) -> "Probabilities":
-        """Of each label after each prompt, among the three."""
-        if not prompts:
-            return Probabilities([], (await self._policy.info(Empty())).version)
+    async def _probabilities(self, prompts: Sequence[Ids]) -> tuple[NDArray[np.float64] | None, int]:
+        """Of each label after each prompt, among the three, float64[B, 3], and the weight version behind them."""
+        if not prompts or not self._config.adaptive:
+            return None, 0
         heads = [self._heads[label] for label in LABELS]
         sequences = [Tensor(np.concatenate([prompt, head])) for prompt in prompts for head in heads]
         response = await self._policy.score(ScoreRequest(sequences=sequences))
@@ -192,7 +187,7 @@ class ReviserActor(Actor, ReviserService):
         ]
         logits_BL = np.array(totals).reshape(-1, len(heads))
         shares_BL = np.exp(logits_BL - logits_BL.max(-1, keepdims=True))
-        return Probabilities(list(shares_BL / shares_BL.sum(-1, keepdims=True)), response.version)
+        return shares_BL / shares_BL.sum(-1, keepdims=True), response.version
 
     async def train(self, request: ReviserTrainRequest) -> ReviserTrainResponse:
         """Weighted cross entropy of labels and texts (SEFT, stage B)."""
@@ -246,7 +241,7 @@ class ReviserActor(Actor, ReviserService):
 
     async def _prompts(self, items: Sequence[ReviseItem | ReviserExample]) -> list[Ids]:
         prompts = [
-            Prompt(messages=[ChatMessage(role="user", content=asked(self._config, one))], uid=one.uid)
+            Prompt(messages=[ChatMessage(role="user", content=question(self._config, one))], uid=one.uid)
             for one in items
         ]
         response = await self._policy.tokenize(TokenizeRequest(prompts=prompts))
@@ -259,15 +254,7 @@ class ReviserActor(Actor, ReviserService):
         return [tokens.array for tokens in (await self._policy.tokenize(request)).tokens]
 
 
-@dataclass(frozen=True)
-class Probabilities:
-    """Of the labels, float64[3] per prompt, and the weight version behind them."""
-
-    rows: list[NDArray[np.float64]]
-    version: int
-
-
-def asked(config: ReviserConfig, one: ReviseItem | ReviserExample) -> str:
+def question(config: ReviserConfig, one: ReviseItem | ReviserExample) -> str:
     """The question about one reply."""
     names = [config.names[label] for label in LABELS]
     places = {"labels": f"{names[0]}, {names[1]} or {names[2]}", "no": names[0]}

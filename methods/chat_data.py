@@ -19,7 +19,6 @@ SPEAKERS: dict[str, Literal["system", "user", "assistant"]] = {
     "gpt": "assistant",
     "assistant": "assistant",
 }
-REQUIRED = {"prompt", "instruction", "responses", "answers", "completions", "chosen", "rejected", "better", "worse"}
 TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
@@ -267,8 +266,8 @@ def _read(
         shown = ", ".join(row) or "none"
         raise BadInput(f"{what}: {place}: got the fields {shown}; expected one of {', '.join(forms)}")
     try:
-        # Where there is nothing, null says the same as a field that is missing.
-        given = {name: value for name, value in row.items() if value is not None or name in REQUIRED}
+        # null says the same as a field that is missing.
+        given = {name: value for name, value in row.items() if value is not None}
         form = forms[key].model_validate({**given, "id": str(row["id"])} if "id" in given else given)
         found = parts(form)
     except ValidationError as error:

@@ -79,8 +79,10 @@ def triples_of(items: Iterable[Judged], rule: LabelRule) -> Triples:
     if gaps:
         found.threshold = major_above(gaps, rule.noise)
     for item, scored, replies in usable:
-        labels = labels_by_score(gaps_of(replies), rule.noise, found.threshold or 0.0) if scored else []
-        labels = labels or labels_by_rank(replies, rule)
+        if scored:
+            labels = labels_by_score(gaps_of(replies), rule.noise, found.threshold or 0.0)
+        else:
+            labels = labels_by_rank(replies, rule)
         _add(found, item, replies, labels, rule.noise)
     return found
 

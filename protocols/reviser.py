@@ -131,7 +131,7 @@ class Revision(Message):
     too_long: bool = False
     """Whether conversation and reply leave no room in the policy's context; nothing is revised then."""
     version: int = 0
-    """Weight version that labelled it, or, where a text was written, that began that."""
+    """Weight version that labelled it, or, where a text was written, that began that; 0 where neither was done."""
 
 
 class ReviseResponse(Message):

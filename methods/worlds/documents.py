@@ -116,7 +116,7 @@ def read_lines(file: Path, what: str) -> Iterator[str]:
         with gzip.open(file) if file.suffix.lower() == ".gz" else file.open("rb") as stream:
             for raw in stream:
                 # A byte order mark, as Windows editors write it, is none of the text.
-                line = raw.decode("utf-8" if offset else "utf-8-sig")
+                line = raw.decode().removeprefix("" if offset else "\ufeff")
                 offset += len(raw)
                 if "\0" in line:
                     place = characters + line.index(chr(0))

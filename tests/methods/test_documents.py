@@ -136,6 +136,7 @@ def test_nothing_to_read(make: Make, tmp_path: Path) -> None:
     [
         (b"\x89PNG\r\n\x1a\n\xff\xfe", "is not UTF-8 text (byte 0)"),
         (b"fine so far \xff", "is not UTF-8 text (byte 12)"),
+        (b"\xef\xbb\xbfa\xff", "is not UTF-8 text (byte 4)"),
         (b"a\0b", "holds a NUL character at 1"),
     ],
 )
