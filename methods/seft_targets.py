@@ -40,7 +40,7 @@ def problem_of(reply: str, revision: Revision, names: Collection[str]) -> str | 
         return "not finished"
     if any(line.strip() in names for line in text.splitlines()):
         return "label in the text"
-    if text == reply:
+    if revision.label is not None and text == reply:
         return "unchanged"
     if revision.label is not None and reply.strip():
         ratio = len(words_of(text)) / len(words_of(reply))

@@ -14,8 +14,10 @@ def tokens_of(words: Sequence[str]) -> list[str]:
     return [PAD, CLS, SEP, MASK, TURN, END, *words]
 
 
-def write_tiny(folder: Path, words: Sequence[str], *, width: int, masked: bool, spread: float) -> None:
-    """Write configuration and tokenizer: two layers, a token per word, words apart by blanks.
+def write_tiny(
+    folder: Path, words: Sequence[str], *, width: int, masked: bool, spread: float, layers: int = 2
+) -> None:
+    """Write configuration and tokenizer: a few layers, a token per word, words apart by blanks.
 
     `spread`: deviation of fresh weights.
     """
@@ -31,7 +33,7 @@ def write_tiny(folder: Path, words: Sequence[str], *, width: int, masked: bool, 
         "vocab_size": len(tokens),
         "hidden_size": width,
         "intermediate_size": 4 * width,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": layers,
         "num_attention_heads": 4,
         "max_position_embeddings": 128,
         "initializer_range": spread,

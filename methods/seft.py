@@ -1,0 +1,297 @@
+"""SEFT: self-evolution fine-tuning with an adaptive reviser (arXiv 2406.10813).
+
+A reviser learns from annotated replies how much revision a reply needs, and the revision. Then, round after round,
+the policy replies to prompts that have no annotation, the reviser chooses among its replies or revises them, and the
+policy is fine-tuned on the result. Baselines are the same loop with another `algorithm`. Much of the paper could not
+be read: what is verified and what is our own design is in docs/methods/seft.md.
+"""
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from cluster.cluster import Cluster
+from cluster.run_directory import write_atomically
+from cluster.seeds import derive_seed
+from cluster.steps import LoopState, Step
+from methods.dealing import dealt
+from methods.seft_config import OWN, Config, preset
+from methods.seft_data import Data, best_of, data_of, of_round
+from methods.seft_eval import (
+    end_of_rounds,
+    on_damages,
+    refusal,
+    reviser_metrics,
+    test_policy,
+    test_reviser,
+)
+from methods.seft_report import round_metrics, summary
+from methods.seft_rounds import Cast, collected
+from methods.seft_train import (
+    TERM,
+    Lesson,
+    example_of,
+    from_annotation,
+    from_round,
+    loss_of,
+    preferences_of,
+    reviser_data,
+    rows_of,
+)
+from methods.seft_triples import Triple, triples_of
+from methods.worlds.sorting import sorting_base
+from protocols.errors import BadInput
+from protocols.model import ModelConfig
+from protocols.policy import PolicyConfig, PolicyService
+from protocols.reviser import ReviserTrainRequest
+from protocols.reward_model import LearnRequest
+from protocols.service import CheckpointRequest, Empty
+from protocols.training import ForwardBackwardRequest, OptimStepRequest, TrainRow
+
+__all__ = ["HEADLINE", "Config", "policies", "preset", "run"]
+
+Model = TypeVar("Model", bound=ModelConfig)
+HEADLINE = ("reviser/loss", "train/loss", "dev/score", "dev/label_no")
+
+
+class State(LoopState):
+    """What past rounds came to."""
+
+    scores: list[float] = []
+    """Development score of the first policy, and after each round."""
+    kept: list[float] = []
+    """Share of its replies there that the reviser would keep."""
+    best: int = 0
+    """The best round; 0: the first policy."""
+
+
+async def run(cluster: Cluster, config: Config) -> None:
+    """Train the reviser, then round after round the policy on what it makes of its replies."""
+    data = data_of(config)
+    config = await with_models(cluster, config, data)
+    cast = await make_cast(cluster, config)
+    state, folder = State(), cluster.directory.path
+    triples: list[Triple] = []
+    rows: list[list[TrainRow]] = []
+
+    async for step in cluster.steps(state, first=0):
+        turn, place = config.round_of(step.index)
+        if turn == 0 and step.index > 0 and config.revises:
+            triples = triples or await stage_a(cast, config, data, folder)
+            step.log(await learn_to_revise(cast, config, triples, step))
+        elif turn == 0 and step.index > 0:
+            step.log(await learn_rewards(cast, config, data, step))
+        elif turn > 0:
+            if place == 0 or not rows:
+                rows = await lessons_of(cast, config, data, turn, folder, step)
+            step.log(await learn_policy(cast, config, rows, step))
+
+        if config.revises and step.index == config.first_phase:
+            await accept(cast, config, data, state, folder, step)
+        if step.index == 0 or (turn > 0 and place == config.round_steps - 1):
+            await cast.policy.publish(Empty())
+            await judge_round(cast, config, data, state, turn, folder, step)
+
+    await finish(cluster, cast, config, data, state)
+
+
+async def with_models(cluster: Cluster, config: Config, data: Data) -> Config:
+    """The configuration with the models that all actors start from."""
+    if config.world:
+        base = await sorting_base(cluster, config.policy, data.annotated + data.held_out, config.seed_of_world)
+        config = config.model_copy(update={"policy": config.policy.model_copy(update={"model": base})})
+    return config.model_copy(update=models_of(config))
+
+
+def models_of(config: Config) -> dict[str, ModelConfig]:
+    """The models that a run loads, by the name of their field; those that name none start from the policy's."""
+    found: dict[str, ModelConfig] = {"policy": config.policy}
+    if config.revises:
+        found["reviser_policy"] = reviser_of(config)
+    if config.reward is not None:
+        found["reward"] = started_from(config.reward, config.policy) if config.reward.learns else config.reward
+    if config.stronger is not None:
+        found["stronger"] = config.stronger.model_copy(update={"trainer": None})
+    return found
+
+
+def reviser_of(config: Config) -> PolicyConfig:
+    """The reviser's model: one that was trained elsewhere, or one whose schedule ends with its training."""
+    if config.reviser_trained:
+        model = str(Path(config.reviser_trained) / "model")
+        return config.reviser_policy.model_copy(update={"model": model, "trainer": None})
+    found = started_from(config.reviser_policy, config.policy)
+    if found.trainer is None or found.trainer.schedule == "constant":
+        return found
+    length = max(config.reviser_steps, found.trainer.warmup_steps + 1)
+    return found.model_copy(update={"trainer": found.trainer.model_copy(update={"total_steps": length})})
+
+
+def started_from(given: Model, policy: PolicyConfig) -> Model:
+    """A model that starts from the policy's unless another is named."""
+    return given if given.model != ModelConfig().model else given.model_copy(update={"model": policy.model})
+
+
+def policies(config: Config) -> dict[str, ModelConfig]:
+    """What the plan counts."""
+    reference: dict[str, ModelConfig] = {"reference": frozen(config)} if config.algorithm == "dpo" else {}
+    return models_of(config) | reference
+
+
+def frozen(config: Config) -> PolicyConfig:
+    """The policy before it is trained."""
+    return config.policy.model_copy(update={"trainer": None, "lora": None, "at": None})
+
+
+async def make_cast(cluster: Cluster, config: Config) -> Cast:
+    """The actors that the run needs."""
+    policy = await cluster.policy(config.policy)
+    reviser, its_policy = None, None
+    if config.revises:
+        its_policy = await cluster.policy(config.reviser_policy, name="reviser-policy")
+        reviser = await cluster.reviser(config.reviser, its_policy)
+    if reviser is not None and config.reviser_trained:
+        # It refuses to be asked in another way than it was taught.
+        await reviser.load(CheckpointRequest(path=str(Path(config.reviser_trained) / "role")))
+    reward = await cluster.reward_model(config.reward) if config.reward is not None else None
+    stronger = await cluster.policy(config.stronger, name="stronger") if config.stronger is not None else None
+    reference = await cluster.policy(frozen(config), name="reference") if config.algorithm == "dpo" else None
+    info = await policy.info(Empty())
+    if not info.eos_token_ids:
+        raise BadInput(f"policy.model: {info.model!r} has no end token, so a reply would not end")
+    return Cast(policy, info.eos_token_ids[0], info.context_length, reviser, its_policy, reward, stronger, reference)
+
+
+async def stage_a(cast: Cast, config: Config, data: Data, folder: Path) -> list[Triple]:
+    """Examples for the reviser, written down beside their threshold."""
+    rng = np.random.default_rng(derive_seed(config.seed, "balance"))
+    found = await reviser_data(cast, config, data.annotated, rng)
+    write_atomically(folder / "reviser_data.jsonl", "".join(one.model_dump_json() + "\n" for one in found.kept))
+    told = {"t0": config.rule.noise, "t1": found.threshold, "labels": Counter(one.label for one in found.kept)}
+    write_atomically(folder / "reviser_data.json", json.dumps(told | {"dropped": found.dropped}, indent=1))
+    return found.kept
+
+
+async def learn_to_revise(cast: Cast, config: Config, triples: list[Triple], step: Step) -> dict[str, float]:
+    """One optimiser step of the reviser (stage B)."""
+    assert cast.reviser is not None
+    chosen = dealt(triples, step.index - 1, config.examples_per_step, derive_seed(config.seed, "examples"))
+    report = await cast.reviser.train(ReviserTrainRequest(examples=[example_of(one) for one in chosen]))
+    found = {"loss": report.loss, "grad_norm": report.grad_norm, "lr": report.learning_rate}
+    return {f"reviser/{name}": value for name, value in (found | {"too_long": report.too_long}).items()}
+
+
+async def learn_rewards(cast: Cast, config: Config, data: Data, step: Step) -> dict[str, float]:
+    """One optimiser step of the reward model on the annotated pairs."""
+    assert cast.reward is not None
+    pairs = from_annotation(data.annotated, "pairs")
+    chosen = dealt(pairs, step.index - 1, config.examples_per_step, derive_seed(config.seed, "examples"))
+    report = await cast.reward.train(LearnRequest(pairs=preferences_of(chosen)))
+    found = {"loss": report.loss, "grad_norm": report.grad_norm, "lr": report.learning_rate, **report.metrics}
+    return {f"reward_model/{name}": value for name, value in found.items()}
+
+
+async def lessons_of(
+    cast: Cast, config: Config, data: Data, turn: int, folder: Path, step: Step
+) -> list[list[TrainRow]]:
+    """What the policy learns in a round: from its own replies, or from annotated ones."""
+    lessons: list[Lesson]
+    if config.algorithm in OWN:
+        prompts = of_round(data.prompts, turn, config.prompts_per_round, config.seed)
+        found = await collected(cast, config, prompts, turn, folder / "rounds" / f"round-{turn}.jsonl", step.activity)
+        step.log(round_metrics(found, config))
+        step.samples(one.model_dump(mode="json", exclude={"messages"}) for one in found[:8])
+        lessons = from_round(found, by_confidence=config.by_confidence)
+    else:
+        lessons = from_annotation(data.annotated, config.algorithm)
+    rows, too_long = await rows_of(cast, config, lessons)
+    if not rows:
+        raise BadInput(f"round {turn}: nothing is left to learn; see `problem` in rounds/round-{turn}.jsonl")
+    step.log({"round/lessons": len(rows), "round/too_long": too_long})
+    return rows
+
+
+async def learn_policy(cast: Cast, config: Config, rows: list[list[TrainRow]], step: Step) -> dict[str, float]:
+    """One optimiser step of the policy (stage C, item 5)."""
+    done = step.index - config.first_phase - 1
+    chosen = dealt(rows, done, config.targets_per_step, derive_seed(config.seed, "targets"))
+    # A lesson that comes twice is two pairs.
+    batch = [row.model_copy(update={"pair": f"{i}"}) for i, sides in enumerate(chosen) for row in sides]
+    report = await cast.policy.forward_backward(ForwardBackwardRequest(rows=batch, losses={TERM: loss_of(config)}))
+    update = await cast.policy.optim_step(OptimStepRequest())
+    found = {"loss": report.loss, "grad_norm": update.grad_norm, "lr": update.learning_rate}
+    found["epoch"] = (done % config.round_steps + 1) * config.targets_per_step / len(rows)
+    return {f"train/{name}": value for name, value in found.items()}
+
+
+async def accept(cast: Cast, config: Config, data: Data, state: State, folder: Path, step: Step) -> None:
+    """Whether the reviser may revise: on annotated prompts that it has not seen, and the policy's replies to them."""
+    assert cast.reviser is not None and cast.reviser_policy is not None
+    step.activity("testing the reviser")
+    held_out = triples_of(data.held_out, config.rule).kept
+    best = {item.id: best_of(item) for item in data.held_out}
+    metrics = reviser_metrics(await test_reviser(cast, config, held_out, best))
+    if config.reviser.adaptive:
+        found = await test_policy(cast, config, data.dev)
+        state.kept, metrics["no_precision"] = [found["label_no"]], found["no_precision"]
+    metrics = {f"reviser/{name}": value for name, value in metrics.items()}
+    step.log(metrics)
+    await write(cast.reviser_policy, folder / "reviser" / "model")
+    await cast.reviser.save(CheckpointRequest(path=str(folder / "reviser" / "role")))
+    reason = refusal(metrics, config.acceptance)
+    if reason and config.acceptance.enforce:
+        step.stop(f"acceptance.{reason}")
+
+
+async def judge_round(
+    cast: Cast, config: Config, data: Data, state: State, turn: int, folder: Path, step: Step
+) -> None:
+    """Test the policy, keep the best round's weights, and end the rounds when they gain nothing more."""
+    step.activity("testing the policy")
+    metrics = await test_policy(cast, config, data.dev)
+    step.log({f"dev/{name}": value for name, value in metrics.items()})
+    if not state.scores or metrics["score"] > max(state.scores) + config.drift.gain:
+        state.best = turn
+        await write(cast.policy, folder / "best" / f"round-{turn}")
+    state.scores = [*state.scores, metrics["score"]]
+    if turn and "label_no" in metrics:
+        state.kept = [*state.kept, metrics["label_no"]]
+    reason = end_of_rounds(state.scores, state.kept, config.drift)
+    step.log({"dev/alarm": float(reason.startswith("drift"))})
+    if reason and config.drift.enforce:
+        step.stop(reason)
+
+
+async def write(policy: PolicyService, folder: Path) -> None:
+    """Write a policy's weights into a folder that is there as a whole or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = folder.with_name(f".{folder.name}")
+    shutil.rmtree(staging, ignore_errors=True)
+    await policy.save(CheckpointRequest(path=str(staging), training_state=False))
+    shutil.rmtree(folder, ignore_errors=True)
+    staging.rename(folder)
+
+
+async def finish(cluster: Cluster, cast: Cast, config: Config, data: Data, state: State) -> None:
+    """Test the first and the best policy, and leave the best one's weights as the run's result."""
+    if not state.scores:
+        return
+    folder, tested = cluster.directory.path, []
+    for turn in dict.fromkeys((0, state.best)):
+        await cast.policy.load(CheckpointRequest(path=str(folder / "best" / f"round-{turn}"), training_state=False))
+        tested.append(await test_policy(cast, config, data.test or data.dev))
+    await write(cast.policy, folder / "policy")
+    measured = await on_damages(cast, config, data.test) if config.world and config.revises else {}
+    told = {
+        "first": tested[0],
+        "best": tested[-1],
+        "best_round": state.best,
+        "dev": state.scores,
+        "reviser": measured,
+    }
+    write_atomically(folder / "evaluation.json", json.dumps(told | {"reviser": measured}, indent=1))
+    cluster.summarize(summary(cluster.metrics(), config, data, tested, state.best, measured, cluster.finished()))

@@ -1,0 +1,139 @@
+"""What SEFT learns from and is tested on: annotated prompts, prompts alone, and tasks with something to compare
+with."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import numpy as np
+
+from cluster.seeds import derive_seed
+from methods.chat_data import Conversation, Judged, read_conversations, read_judged
+from methods.seft_config import Config
+from methods.seft_triples import edit_distance
+from methods.worlds import sorting
+from protocols.errors import BadInput
+from protocols.messages import ChatMessage
+from protocols.service import Message
+
+Row = TypeVar("Row", Judged, Conversation)
+
+
+class Task(Message):
+    """A prompt of a test."""
+
+    id: str
+    """Its name."""
+    messages: list[ChatMessage]
+    """The conversation."""
+    reference: str = ""
+    """A good reply, where one is known."""
+
+
+@dataclass
+class Data:
+    """All prompts of a run, no two alike in different parts."""
+
+    annotated: list[Judged]
+    held_out: list[Judged]
+    """Annotated too; nothing learns from them."""
+    prompts: list[Conversation]
+    dev: list[Task]
+    """What tells the rounds apart."""
+    test: list[Task]
+    dropped: Counter[str] = field(default_factory=Counter)
+
+
+def data_of(config: Config) -> Data:
+    """Read, or drawn by the world. Raises BadInput where a part is empty that the run needs."""
+    found = drawn(config) if config.world else read(config)
+    if not config.revises:
+        # What is held out tests the reviser; without one it is as good for learning as the rest.
+        found.annotated, found.held_out = found.annotated + found.held_out, []
+    return found
+
+
+def drawn(config: Config) -> Data:
+    """The sorting desk. Truth is known, so the rounds are told apart by prompts without annotation."""
+    size, seed = config.sorting, config.seed_of_world
+    counts = [size.dev_prompts, size.test_prompts, size.annotated, size.prompts]
+    prompts = iter(sorting.draw(np.random.default_rng(derive_seed(seed, "sorting prompts")), sum(counts)))
+    dev, test, labelled, alone = ([next(prompts) for _ in range(count)] for count in counts)
+    items = sorting.annotated(np.random.default_rng(derive_seed(seed, "damages")), labelled)
+    held_out = items[: max(1, round(config.held_out * len(items)))]
+    return Data(
+        annotated=items[len(held_out) :],
+        held_out=held_out,
+        prompts=[Conversation(id=text, messages=[ChatMessage(role="user", content=text)]) for text in alone],
+        dev=[sorting_task(text) for text in dev],
+        test=[sorting_task(text) for text in test],
+    )
+
+
+def sorting_task(prompt: str) -> Task:
+    """A prompt of the sorting desk with its right answer."""
+    messages = [ChatMessage(role="user", content=prompt)]
+    return Task(id=prompt, messages=messages, reference=sorting.answer(prompt))
+
+
+def read(config: Config) -> Data:
+    """From files. Prompts of the tests are in no other part, annotated ones not among those without annotation."""
+    dropped: Counter[str] = Counter()
+    seen: set[str] = set()
+    test = list(fresh(read_conversations(config.test_prompts), seen, dropped, "test_prompts"))
+    judged = list(fresh(read_judged(config.preferences), seen, dropped, "preferences"))
+    alone = list(fresh(read_conversations(config.prompts), seen, dropped, "prompts"))
+    held_out = [item for item in judged if is_held_out(item, config.held_out)]
+    annotated = [item for item in judged if not is_held_out(item, config.held_out)]
+    for name, part in (("annotated prompts to learn from", annotated), ("annotated prompts held out", held_out)):
+        if not part:
+            raise BadInput(f"preferences: no {name} among {len(judged)}; expected more of them, or another held_out")
+    tested = [Task(id=one.id, messages=one.messages, reference=one.reply) for one in test]
+    dev = [Task(id=item.id, messages=item.messages, reference=best_of(item)) for item in held_out]
+    return Data(annotated, held_out, alone, dev, tested, dropped)
+
+
+def fresh(rows: Iterable[Row], seen: set[str], dropped: Counter[str], what: str) -> Iterator[Row]:
+    """Rows whose prompt was not met before, case and blanks apart; the others are counted."""
+    for row in rows:
+        key = prompt_key(row.messages)
+        if key in seen:
+            dropped[f"{what}: prompt met before"] += 1
+        else:
+            seen.add(key)
+            yield row
+
+
+def prompt_key(messages: Sequence[ChatMessage]) -> str:
+    """A conversation by its words, equal where only case and blanks differ."""
+    text = "\n".join(f"{turn.role} {' '.join(turn.content.casefold().split())}" for turn in messages)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def is_held_out(item: Judged, share: float) -> bool:
+    """Whether nothing may learn from it: by its prompt alone, so that it stays so when data are added."""
+    return int(prompt_key(item.messages)[:8], 16) < share * 2**32
+
+
+def best_of(item: Judged) -> str:
+    """The best of its replies."""
+    best = max(item.replies, key=lambda one: one.score if one.score is not None else -(one.rank or 1.0))
+    return best.text
+
+
+def closeness(config: Config, task: Task, reply: str) -> float:
+    """How near a reply is to the reference, 0 to 1: the world's quality, or 1 - normalised edit distance of words."""
+    if config.world:
+        return sorting.quality(task.messages[0].content, reply)
+    return 1.0 - edit_distance(reply, task.reference)[1]
+
+
+def of_round(prompts: Sequence[Conversation], turn: int, count: int, seed: int) -> list[Conversation]:
+    """The prompts of a round, counted from 1: fresh ones as long as there are some; all of them if `count` is 0."""
+    if not count or count >= len(prompts):
+        return list(prompts)
+    order = np.random.default_rng(derive_seed(seed, "prompts")).permutation(len(prompts))
+    places = np.arange((turn - 1) * count, turn * count) % len(prompts)
+    return [prompts[int(i)] for i in order[places]]

@@ -1,0 +1,91 @@
+"""What SEFT tells its reader: what a round was made of, and what the run came to."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from cluster.summary import Summary, SummaryRow
+from methods.qrm_measures import wilson
+from methods.seft_config import Config
+from methods.seft_data import Data
+from methods.seft_rounds import PseudoLabel
+from methods.seft_triples import edit_distance
+from protocols.reviser import LABELS
+
+PANELS = {
+    "Development prompts": ["dev/score", "dev/exact"],
+    "Replies that the reviser would keep": ["dev/label_no", "dev/label_minor", "dev/label_major"],
+    "Losses": ["reviser/loss", "train/loss"],
+}
+
+
+def round_metrics(found: Sequence[PseudoLabel], config: Config) -> dict[str, float]:
+    """Labels, changes, lengths, what was left out and why, and tokens."""
+    metrics = {"prompts": float(len(found))}
+    metrics |= {f"source_{name}": count / len(found) for name, count in Counter(one.source for one in found).items()}
+    labels = [likeliest(one) for one in found if one.label_probs is not None]
+    metrics |= {f"label_{label}": labels.count(label) / len(labels) for label in LABELS if labels}
+    changed = [one for one in found if one.target != one.reply]
+    metrics["changed"] = len(changed) / len(found)
+    if changed:
+        metrics["distance"] = float(np.mean([edit_distance(one.reply, one.target)[1] for one in changed]))
+    metrics["words_in"] = float(np.mean([len(one.reply.split()) for one in found]))
+    metrics["words_out"] = float(np.mean([len(one.target.split()) for one in found]))
+    metrics["sampled_tokens"] = float(sum(one.sampled_tokens for one in found))
+    metrics["decoded_tokens"] = float(sum(one.decoded_tokens for one in found))
+    problems = Counter(one.problem for one in found if one.problem)
+    metrics |= {f"dropped_{reason.replace(' ', '_')}": float(count) for reason, count in problems.items()}
+    return {f"round/{name}": value for name, value in metrics.items()}
+
+
+def likeliest(one: PseudoLabel) -> str:
+    """The reply's label."""
+    assert one.label_probs is not None
+    return max(LABELS, key=lambda label: getattr(one.label_probs, label))
+
+
+def summary(
+    rows: Sequence[Mapping[str, float]],
+    config: Config,
+    data: Data,
+    tested: Sequence[Mapping[str, float]],
+    best: int,
+    measured: Mapping[str, float],
+    finished: str,
+) -> Summary:
+    """The first policy beside the best, what the reviser is worth, and what must be known to read it."""
+    before, after = tested[0], tested[-1]
+    count = len(data.test or data.dev)
+    where = "test" if data.test else "development"
+    lines = [SummaryRow(name="score", before=before["score"], after=after["score"], note=f"{count} {where} prompts")]
+    if after["exact"] == after["exact"]:
+        known = sum(bool(task.reference) for task in data.test or data.dev)
+        low, high = wilson(round(after["exact"] * known), known)
+        note = f"95 % {low:.3f} to {high:.3f}"
+        lines.append(
+            SummaryRow(name="equal to the reference", before=before["exact"], after=after["exact"], note=note)
+        )
+    lines.append(
+        SummaryRow(name="words", before=before["words"], after=after["words"], note="mean length of a reply")
+    )
+    if "label_no" in after:
+        note = "share of replies that the reviser would keep"
+        lines.append(SummaryRow(name="label no", before=before["label_no"], after=after["label_no"], note=note))
+    last = {name: value for row in rows for name, value in row.items() if value is not None}
+    for name in ("accuracy", "macro_f1", "harm", "gain_minor", "gain_major", "copies", "no_precision"):
+        if (value := last.get(f"reviser/{name}")) is not None:
+            lines.append(SummaryRow(name=f"reviser/{name}", after=value, note="held-out annotated prompts"))
+    lines += [SummaryRow(name=f"reviser/{name}", after=value, note="test") for name, value in measured.items()]
+    notes = [finished] if finished else []
+    notes.append(f"The best round is {best}, by {len(data.dev)} development prompts; 0 is the first policy.")
+    notes.append(
+        f"{len(data.annotated)} annotated prompts, {len(data.held_out)} held out, {len(data.prompts)} others."
+    )
+    notes += [f"Left out, {reason}: {count}." for reason, count in sorted(data.dropped.items())]
+    return Summary(title=f"SEFT: {title(config)}", rows=lines, notes=notes, panels=PANELS)
+
+
+def title(config: Config) -> str:
+    """What was run."""
+    return f"{config.algorithm}, {config.evolution} evolution" if config.revises else config.algorithm
