@@ -20,5 +20,11 @@ class InTurn:
         """
         await self._free.acquire()
         task = asyncio.ensure_future(work())
-        task.add_done_callback(lambda _: self._free.release())
+        task.add_done_callback(self._done)
         return await asyncio.shield(task)
+
+    def _done(self, task: asyncio.Future[Result]) -> None:
+        self._free.release()
+        if not task.cancelled():
+            # A caller that left does not hear of an error; asked for, it is not reported as forgotten.
+            task.exception()

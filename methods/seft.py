@@ -77,6 +77,7 @@ async def run(cluster: Cluster, config: Config) -> None:
     state, folder = State(), cluster.directory.path
     triples: list[Triple] = []
     rows: list[list[TrainRow]] = []
+    mixed: list[list[TrainRow]] = []
 
     async for step in cluster.steps(state, first=0):
         turn, place = config.round_of(step.index)
@@ -88,7 +89,9 @@ async def run(cluster: Cluster, config: Config) -> None:
         elif turn > 0:
             if place == 0 or not rows:
                 rows = await lessons_of(cast, config, data, turn, folder, step)
-            step.log(await learn_policy(cast, config, rows, step))
+                if config.annotated_share:
+                    mixed, _ = await rows_of(cast, config, from_annotation(data.annotated, "sft"))
+            step.log(await learn_policy(cast, config, rows, mixed, step))
 
         if config.revises and step.index == config.first_phase:
             await accept(cast, config, data, state, folder, step)
@@ -203,22 +206,29 @@ async def lessons_of(
     if config.algorithm in OWN:
         prompts = of_round(data.prompts, turn, config.prompts_per_round, config.seed)
         found = await collected(cast, config, prompts, turn, folder / "rounds" / f"round-{turn}.jsonl", step.activity)
-        step.log(round_metrics(found, config))
-        step.samples(one.model_dump(mode="json", exclude={"messages"}) for one in found[:8])
+        if config.round_of(step.index)[1] == 0:
+            # A run that goes on within a round has said so before.
+            step.log(round_metrics(found))
+            step.samples(one.model_dump(mode="json", exclude={"messages"}) for one in found[:8])
         lessons = from_round(found, by_confidence=config.by_confidence)
     else:
         lessons = from_annotation(data.annotated, config.algorithm)
     rows, too_long = await rows_of(cast, config, lessons)
     if not rows:
         raise BadInput(f"round {turn}: nothing is left to learn; see `problem` in rounds/round-{turn}.jsonl")
-    step.log({"round/lessons": len(rows), "round/too_long": too_long})
+    if config.round_of(step.index)[1] == 0:
+        step.log({"round/lessons": len(rows), "round/too_long": too_long})
     return rows
 
 
-async def learn_policy(cast: Cast, config: Config, rows: list[list[TrainRow]], step: Step) -> dict[str, float]:
-    """One optimiser step of the policy (stage C, item 5)."""
+async def learn_policy(
+    cast: Cast, config: Config, rows: list[list[TrainRow]], mixed: list[list[TrainRow]], step: Step
+) -> dict[str, float]:
+    """One optimiser step of the policy (stage C, item 5); `mixed` are annotated rows for a share of it."""
     done = step.index - config.first_phase - 1
-    chosen = dealt(rows, done, config.targets_per_step, derive_seed(config.seed, "targets"))
+    other = round(config.annotated_share * config.targets_per_step) if config.algorithm in OWN else 0
+    chosen = dealt(rows, done, config.targets_per_step - other, derive_seed(config.seed, "targets"))
+    chosen += dealt(mixed, done, other, derive_seed(config.seed, "mixed"))
     # A lesson that comes twice is two pairs.
     batch = [row.model_copy(update={"pair": f"{i}"}) for i, sides in enumerate(chosen) for row in sides]
     report = await cast.policy.forward_backward(ForwardBackwardRequest(rows=batch, losses={TERM: loss_of(config)}))

@@ -128,6 +128,9 @@ class Config(MethodConfig):
     """Optimiser steps of a round."""
     targets_per_step: int = Field(default=128, ge=1)
     """Replies, or pairs, of each."""
+    annotated_share: float = Field(default=0.0, ge=0, lt=1)
+    """Of algorithms that learn without annotation: share of each step that is best annotated replies instead, against
+    forgetting (section 4, item 6)."""
     dpo: DPOLoss = DPOLoss()
     """The loss of `dpo`."""
     orpo: ORPOLoss = ORPOLoss()
@@ -153,6 +156,8 @@ class Config(MethodConfig):
             )
         if self.algorithm == "best_of_n" and self.reward is None:
             raise ValueError("reward: expected a reward model, which best_of_n chooses by")
+        if self.reward is not None and self.reward.kind == "rules":
+            raise ValueError("reward.kind: rules need a right answer, which prompts do not have; expected a model")
         if not self.reviser.adaptive and self.evolution != "external":
             raise ValueError("evolution: a reviser without labels cannot choose; expected external")
         if self.choose and not self.reviser.adaptive:

@@ -20,7 +20,7 @@ PANELS = {
 }
 
 
-def round_metrics(found: Sequence[PseudoLabel], config: Config) -> dict[str, float]:
+def round_metrics(found: Sequence[PseudoLabel]) -> dict[str, float]:
     """Labels, changes, lengths, what was left out and why, and tokens."""
     metrics = {"prompts": float(len(found))}
     metrics |= {f"source_{name}": count / len(found) for name, count in Counter(one.source for one in found).items()}

@@ -222,7 +222,7 @@ async def revised(cast: Cast, config: Config, replies: Sequence[PseudoLabel]) ->
     if config.choose:
         again = [one.model_copy(update={"reply": one.target}) for one in found]
         second = await asked(cast.reviser, config, again, labels_only=True)
-        found = [better_liked(one, said) for one, said in zip(found, second, strict=True)]
+        found = [better_liked(*three) for three in zip(replies, found, second, strict=True)]
     if cast.reward is not None:
         before = await rewards(cast, found, [one.reply for one in found])
         behind = await rewards(cast, found, [one.target for one in found])
@@ -258,9 +258,11 @@ def after(one: PseudoLabel, revision: Revision, config: Config) -> PseudoLabel:
     )
 
 
-def better_liked(one: PseudoLabel, second: Revision) -> PseudoLabel:
-    """The reply instead of its revision where the reviser likes that less."""
-    if one.source != "revised" or one.label_probs is None or second.label_probs is None or one.problem:
+def better_liked(reply: PseudoLabel, one: PseudoLabel, second: Revision) -> PseudoLabel:
+    """The reply instead of its revision where the reviser likes that less, and the reply may be learnt."""
+    if one.source != "revised" or one.label_probs is None or second.label_probs is None:
+        return one
+    if one.problem or reply.problem or not reply.reply.strip():
         return one
     if own_score(second.label_probs) >= own_score(one.label_probs):
         return one

@@ -1,0 +1,199 @@
+"""Tiny runs of SEFT and its baselines, with real models in this process."""
+
+import json
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from cluster.cluster import Cluster
+from cluster.configure import configure
+from launch import main
+from methods import seft
+from methods.seft_rounds import PseudoLabel
+from methods.worlds import sorting
+from protocols.errors import Corrupt
+
+pytestmark = pytest.mark.slow
+
+SMALL = [
+    "world=sorting", "wandb=disabled", "sorting.annotated=20", "sorting.prompts=24", "sorting.dev_prompts=10",
+    "sorting.test_prompts=12", "held_out=0.2", "reviser_steps=3", "examples_per_step=8", "rounds=2", "round_steps=2",
+    "targets_per_step=8", "prompts_per_call=8", "prompts_per_round=20", "checkpoint_every=1", "keep_checkpoints=99",
+    "acceptance.enforce=false", "drift.enforce=false", "least_own_score=0",
+]  # fmt: skip
+Run = Callable[..., Awaitable[SimpleNamespace]]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.setattr(sorting, "STEPS", 30)
+
+    async def play(name: str, *words: str) -> SimpleNamespace:
+        given = [*SMALL, f"runs_dir={tmp_path}", f"run={name}", *words]
+        config = configure(seft.Config, given, None, seft.preset)
+        async with Cluster(config, method="seft", run=name) as cluster:
+            await seft.run(cluster, config)
+            folder, rows = cluster.directory.path, cluster.metrics()
+        told = {file.stem: json.loads(file.read_text()) for file in folder.glob("*.json")}
+        rounds = [file.read_text() for file in sorted((folder / "rounds").glob("*.jsonl"))]
+        return SimpleNamespace(folder=folder, rows=rows, rounds=rounds, **told)
+
+    return play
+
+
+def labels_of(text: str) -> list[PseudoLabel]:
+    return [PseudoLabel.model_validate_json(line) for line in text.splitlines()]
+
+
+async def test_a_run_trains_a_reviser_and_then_the_policy(run: Run) -> None:
+    done = await run("one")
+    assert [row["step"] for row in done.rows] == list(range(8))
+    assert ["reviser/loss" in row for row in done.rows] == [False] + 3 * [True] + 4 * [False]
+    assert ["train/loss" in row for row in done.rows] == 4 * [False] + 4 * [True]
+    assert [row["step"] for row in done.rows if "dev/score" in row] == [0, 5, 7]
+    assert done.rows[3]["reviser/macro_f1"] >= 0
+    internal, external = map(labels_of, done.rounds)
+    assert len(internal) == len(external) == 20
+    assert {one.source for one in internal} == {"own_best"}
+    assert {one.source for one in external} <= {"kept", "revised"}
+    # Fresh prompts as long as there are some.
+    assert len({one.id for one in internal + external}) == 24
+    assert all(one.target == one.reply and one.decoded_tokens == 0 for one in external if one.source == "kept")
+    assert all(one.policy_version == 0 for one in internal) and all(one.policy_version == 2 for one in external)
+    assert done.evaluation["best_round"] == max(range(3), key=lambda i: done.evaluation["dev"][i])
+    counts = done.reviser_data["labels"].values()
+    assert sum(counts) == len((done.folder / "reviser_data.jsonl").read_text().splitlines())
+    assert max(counts) <= 2 * min(counts)
+
+    again = await run("again", f"reviser_trained={done.folder / 'reviser'}", "reviser_policy.trainer.learning_rate=1")
+    # Samples are drawn by round and prompt, not by step; so are the batches.
+    assert [one.target for one in labels_of(again.rounds[0])] == [one.target for one in internal]
+    assert [row["train/loss"] for row in again.rows[1:]] == [row["train/loss"] for row in done.rows[4:]]
+    assert again.evaluation["best"] == done.evaluation["best"]
+
+
+async def test_a_reviser_is_asked_as_it_was_taught(run: Run) -> None:
+    done = await run("one", "steps=3")
+    trained = f"reviser_trained={done.folder / 'reviser'}"
+    with pytest.raises(Corrupt, match="it was trained with another `prompt`"):
+        await run("other", trained, "reviser.prompt='{prompt} [REVISE] {reply} [ANSWER]'")
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    "words",
+    [[], ["algorithm=dpo"], ["algorithm=best_of_n", "reward={kind: outcome}"]],
+    ids=["seft", "dpo", "best_of_n"],
+)
+async def test_a_run_that_was_stopped_goes_on_with_the_same_numbers(
+    run: Run, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    whole = await run("whole", *words)
+    names = ["learn_to_revise", "learn_rewards", "learn_policy", "judge_round", "accept"]
+    for name in names:
+        real = getattr(seft, name)
+        calls = 0
+
+        async def cut(*given: Any, real: Any = real) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == 2 or real.__name__ == "accept":
+                raise Stop
+            return await real(*given)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(seft, name, cut)
+            try:
+                await run(f"cut {name}".replace(" ", "-"), *words)
+            except Stop:
+                pass
+            else:
+                continue  # not part of this algorithm
+        after = await run(f"cut-{name}", *words)
+        assert after.rows == whole.rows
+        assert after.rounds == whole.rounds
+        assert after.evaluation == whole.evaluation
+
+
+async def test_a_round_goes_on_with_the_call_that_was_under_way(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from methods import seft_rounds
+
+    whole = await run("whole")
+    for at in (2, 5):
+        asked: list[str] = []
+        real = seft_rounds.pseudo_labels
+
+        async def cut(*given: Any, at: int = at, asked: list[str] = asked, real: Any = real) -> Any:
+            if len(asked) == at - 1:
+                raise Stop
+            asked.append("")
+            return await real(*given)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(seft_rounds, "pseudo_labels", cut)
+            with pytest.raises(Stop):
+                await run(f"cut-{at}")
+        file = whole.folder.parent / f"cut-{at}" / "rounds" / f"round-{1 if at == 2 else 2}.jsonl"
+        lines = file.read_bytes().splitlines(keepends=True)
+        # As if killed while it wrote a later call down.
+        file.write_bytes(b"".join(lines) + b"".join(lines)[:100])
+        after = await run(f"cut-{at}")
+        assert after.rounds == whole.rounds
+        assert after.rows == whole.rows
+
+
+@pytest.mark.parametrize(
+    ("words", "source"),
+    [
+        (["algorithm=self_train"], {"own"}),
+        (["evolution=external", "reviser.adaptive=false"], {"revised"}),
+        (
+            ["evolution=external", "own_replies=2", "choose=true", "by_confidence=true", "annotated_share=0.25"],
+            {"kept", "revised"},
+        ),
+        (["algorithm=sft"], set()),
+        (["algorithm=orpo"], set()),
+    ],
+    ids=lambda given: "-".join(given) if isinstance(given, list) else "",
+)
+async def test_other_algorithms(run: Run, words: list[str], source: set[str]) -> None:
+    done = await run("one", *words)
+    assert {one.source for text in done.rounds for one in labels_of(text)} <= source
+    assert bool(done.rounds) == bool(source)
+    assert {"score", "exact"} <= done.evaluation["best"].keys()
+
+
+async def test_a_stronger_model_replies_to_its_share(run: Run) -> None:
+    base = await run("base", "steps=3")
+    stronger = f"stronger={{model: {base.folder / 'policy'}}}"
+    done = await run("one", "algorithm=self_train", stronger, "stronger_share=0.5", "rounds=1")
+    (found,) = map(labels_of, done.rounds)
+    assert 3 <= sum(one.source == "stronger" for one in found) <= 17
+    assert {one.source for one in found} == {"own", "stronger"}
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], "preferences: expected files of annotated replies, or a world"),
+        (["world=sorting", "algorithm=best_of_n"], "reward: expected a reward model"),
+        (["world=sorting", "reviser.adaptive=false"], "evolution: a reviser without labels cannot choose"),
+        (["world=sorting", "policy.trainer=null"], "policy.trainer: expected one"),
+        (["world=sorting", "reward={kind: rules}"], "reward.kind: rules need a right answer"),
+        (["preferences=[a.jsonl]"], "prompts: expected files of prompts, which seft learns from"),
+        (["world=sorting", "rounds=two"], "rounds"),
+        (["world=sorting", "roundz=2"], "roundz"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    words: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["seft", f"runs_dir={tmp_path}", *words]) == 2
+    assert told in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
