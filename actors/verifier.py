@@ -2,15 +2,25 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from actors.actor import Actor
 from actors.rules import parse_answer, rule_score
 from actors.votes import majority, parse_vote
 from protocols.errors import BadInput
 from protocols.messages import ChatMessage, Prompt
-from protocols.policy import PolicyService, Sampled, SampleRequest
+from protocols.policy import PolicyService, Sampled, SampleRequest, ScoreRequest, TokenizeRequest
 from protocols.prompts import verdict_prompt
 from protocols.questions import Task
+from protocols.service import Empty
+from protocols.tensor import Tensor
 from protocols.verifier import (
+    COMPARE,
+    ComparedItem,
+    CompareRequest,
+    CompareResponse,
+    Comparison,
     JudgeItem,
     Judgement,
     JudgeRequest,
@@ -69,6 +79,52 @@ class VerifierActor(Actor, VerifierService):
         ]
         response = await self._policy.sample(SampleRequest(prompts=prompts, n=request.votes, params=request.params))
         return response.results
+
+    async def compare(self, request: CompareRequest) -> CompareResponse:
+        """Ask the policy for both orders of each pair, by the log-probs of the two names."""
+        if self._policy is None:
+            raise BadInput("compare: this verifier goes by rules alone; expected one with a policy")
+        names = await self._names(self._policy)
+        first, second = self._config.names
+        prompts = [_question(item, first, second, swapped) for item in request.items for swapped in (False, True)]
+        asked = (await self._policy.tokenize(TokenizeRequest(prompts=prompts))).tokens
+        room = (await self._policy.info(Empty())).context_length - max(map(len, names))
+        fitting = [i for i in range(len(request.items)) if max(map(len, asked[2 * i : 2 * i + 2])) <= room]
+        comparisons = [Comparison(uid=item.uid) for item in request.items]
+        if not fitting:
+            return CompareResponse(comparisons=comparisons)
+        orders = [asked[2 * i + swapped].array for i in fitting for swapped in (0, 1)]
+        sequences = [Tensor(np.concatenate([order, name])) for order in orders for name in names]
+        scored = await self._policy.score(ScoreRequest(sequences=sequences))
+        ends = zip(scored.logprobs, names * len(orders), strict=True)
+        totals = [logprobs.array[-len(name) :].astype(np.float64).sum() for logprobs, name in ends]
+        logits_B22 = np.array(totals).reshape(-1, 2, 2)
+        # In the second order the first reply bears the second name.
+        odds_B2 = (logits_B22[:, :, 0] - logits_B22[:, :, 1]) * [1, -1]
+        chances_B2 = np.exp(-np.logaddexp(0.0, -odds_B2))
+        for i, chances in zip(fitting, chances_B2.tolist(), strict=True):
+            found = {"preference": sum(chances) / 2, "shown_first": chances[0], "shown_second": chances[1]}
+            comparisons[i] = comparisons[i].model_copy(update=found)
+        return CompareResponse(comparisons=comparisons, version=scored.version)
+
+    async def _names(self, policy: PolicyService) -> list[NDArray[np.int32]]:
+        """Tokens of what compared replies are called. Raises BadInput when they do not tell them apart."""
+        prompts = [Prompt(text=name, uid=f"verifier.names {name!r}") for name in self._config.names]
+        told = (await policy.tokenize(TokenizeRequest(prompts=prompts, continues=True))).tokens
+        one, other = (tokens.array.tolist() for tokens in told)
+        if one == other[: len(one)] or other == one[: len(other)]:
+            raise BadInput(
+                f"verifier.names: got {self._config.names}, of which one's tokens begin the other's in the policy's"
+                " model; expected words that its tokenizer tells apart"
+            )
+        return [tokens.array for tokens in told]
+
+
+def _question(item: ComparedItem, first: str, second: str, swapped: bool) -> Prompt:
+    one, other = (item.other, item.one) if swapped else (item.one, item.other)
+    spoken = "\n\n".join(turn.content for turn in item.messages)
+    content = COMPARE.format(prompt=spoken, one=one, other=other, first=first, second=second)
+    return Prompt(messages=[ChatMessage(role="user", content=content)], uid=item.uid)
 
 
 def _text(item: JudgeItem, judgement: Judgement) -> str:

@@ -25,6 +25,8 @@ QUIET = ["world=sorting", "wandb=disabled", "checkpoint_every=1000000"]
 EXTERNAL = ["evolution=external"]
 # As many steps as two rounds of SEFT; of eight tests the best counts, by the same development prompts.
 ANNOTATED = ["rounds=8", "round_steps=100", "drift.enforce=false"]
+# The best of four settings on world 100, as the reviser's is.
+SFT = ["algorithm=sft", *ANNOTATED, "policy.trainer.learning_rate=1.0e-3", "policy.trainer.weight_decay=3.0"]
 DPO = ["algorithm=dpo", *ANNOTATED]
 REWARD = "reward={kind: outcome, threads: 1, trainer: {learning_rate: 1.0e-3}}"
 REVISER_STEPS = 900
@@ -40,15 +42,16 @@ class Arm:
 
 CLAIMS = {
     "SEFT, external, 6,000 prompts": Arm(EXTERNAL, []),
-    "SFT on the best annotated replies": Arm(["algorithm=sft", *ANNOTATED]),
-    "DPO, rate 5e-5": Arm([*DPO, "policy.trainer.learning_rate=5.0e-5"]),
-    "DPO, rate 2e-4": Arm([*DPO, "policy.trainer.learning_rate=2.0e-4"]),
-    "ORPO": Arm(["algorithm=orpo", *ANNOTATED]),
+    "SFT on the best annotated replies": Arm(SFT),
+    "SFT, as SEFT trains its policy": Arm(["algorithm=sft", *ANNOTATED]),
     "self-training, 6,000 prompts": Arm(["algorithm=self_train"]),
+    "reviser without labels, 6,000 prompts": Arm(EXTERNAL, ["reviser.adaptive=false"]),
     "SEFT, external, 2,000 prompts": Arm([*EXTERNAL, "sorting.prompts=2000"], []),
     "SEFT, internal, 2,000 prompts": Arm(["evolution=internal", "sorting.prompts=2000"], []),
     "SEFT, external, 500 prompts": Arm([*EXTERNAL, "sorting.prompts=500"], []),
-    "reviser without labels, 6,000 prompts": Arm(EXTERNAL, ["reviser.adaptive=false"]),
+    "DPO, rate 5e-5": Arm([*DPO, "policy.trainer.learning_rate=5.0e-5"]),
+    "DPO, rate 2e-4": Arm([*DPO, "policy.trainer.learning_rate=2.0e-4"]),
+    "ORPO": Arm(["algorithm=orpo", *ANNOTATED]),
     "best of 4 by a reward model, 2,000 prompts": Arm(["algorithm=best_of_n", REWARD, "sorting.prompts=2000"]),
     "SEFT, internal then external, 6,000 prompts": Arm(["evolution=both"], []),
 }
@@ -57,7 +60,7 @@ SCARCE = {
     for count in (60, 300)
     for name, arm, reviser in (
         ("SEFT, external", Arm(EXTERNAL), [f"sorting.annotated={count}"]),
-        ("SFT", Arm(["algorithm=sft", *ANNOTATED]), None),
+        ("SFT", Arm(SFT), None),
     )
 }
 IDEAS = {
@@ -79,19 +82,30 @@ def run(name: str, words: Sequence[str], runs: Path) -> dict[str, Any]:
     return found
 
 
-def one_seed(arms: dict[str, Arm], seed: int, runs: Path) -> dict[str, dict[str, Any]]:
-    """All arms of a world, one after another: those that share a reviser train it once."""
-    found = {}
-    for name, arm in arms.items():
-        given = [f"seed={seed}", *arm.words]
-        if arm.reviser is not None:
-            named = plain(f"reviser {' '.join(arm.reviser)} {seed}")
-            words = [f"seed={seed}", *EXTERNAL, *arm.reviser, f"reviser_steps={REVISER_STEPS}"]
-            run(named, [*words, f"steps={REVISER_STEPS}"], runs)
-            asked = [word for word in arm.reviser if word.startswith("reviser.")]
-            given += [*asked, f"reviser_trained={runs / named / 'reviser'}"]
-        found[name] = run(plain(f"{name} {seed}"), given, runs)
-    return found
+def measured(
+    arms: dict[str, Arm], seeds: Sequence[int], runs: Path, pool: ThreadPoolExecutor
+) -> dict[str, list[dict[str, Any]]]:
+    """All arms, each with all seeds before the next one; revisers first, each of which is trained once."""
+    revisers = {plain(" ".join(arm.reviser)): arm.reviser for arm in arms.values() if arm.reviser is not None}
+
+    def train(job: tuple[str, int]) -> None:
+        name, seed = job
+        words = [f"seed={seed}", *EXTERNAL, *revisers[name], f"reviser_steps={REVISER_STEPS}"]
+        run(f"reviser-{name}-{seed}", [*words, f"steps={REVISER_STEPS}"], runs)
+
+    def play(job: tuple[str, int]) -> dict[str, Any]:
+        name, seed = job
+        words = [f"seed={seed}", *arms[name].words]
+        if (given := arms[name].reviser) is not None:
+            words += [word for word in given if word.startswith("reviser.")]
+            taught = runs / f"reviser-{plain(' '.join(given))}-{seed}" / "reviser"
+            words.append(f"reviser_trained={taught}")
+        return run(plain(f"{name} {seed}"), words, runs)
+
+    list(pool.map(train, [(name, seed) for name in revisers for seed in seeds]))
+    jobs = [(name, seed) for name in arms for seed in seeds]
+    found = dict(zip(jobs, pool.map(play, jobs), strict=True))
+    return {name: [found[name, seed] for seed in seeds] for name in arms}
 
 
 def plain(name: str) -> str:
@@ -104,13 +118,12 @@ def cell(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):.3f} ({' '.join(f'{value:.3f}' for value in values)})"
 
 
-def show(found: list[dict[str, dict[str, Any]]]) -> None:
+def show(found: dict[str, list[dict[str, Any]]]) -> None:
     print("| arm | quality | exactly right | best round |\n| --- | --- | --- | --- |")
-    first = [next(iter(of.values()))["first"] for of in found]
+    first = [one["first"] for one in next(iter(found.values()))]
     print(f"| first policy | {cell([o['score'] for o in first])} | {cell([o['exact'] for o in first])} | |")
-    for arm in found[0]:
-        best = [of[arm]["best"] for of in found]
-        rounds = " ".join(str(of[arm]["best_round"]) for of in found)
+    for arm, made in found.items():
+        best, rounds = [one["best"] for one in made], " ".join(str(one["best_round"]) for one in made)
         print(f"| {arm} | {cell([o['score'] for o in best])} | {cell([o['exact'] for o in best])} | {rounds} |")
 
 
@@ -127,7 +140,7 @@ def main() -> None:
     options.runs.mkdir(parents=True, exist_ok=True)
     runs = options.runs.resolve()
     with ThreadPoolExecutor(options.parallel) as pool:
-        found = list(pool.map(lambda seed: one_seed(PARTS[options.part], seed, runs), options.seeds))
+        found = measured(PARTS[options.part], options.seeds, runs, pool)
     (options.runs / f"{options.part}.json").write_text(json.dumps(found, indent=1))
     show(found)
 

@@ -22,14 +22,18 @@ from methods.dealing import dealt
 from methods.seft_config import OWN, Config, preset
 from methods.seft_data import Data, best_of, data_of, of_round
 from methods.seft_eval import (
+    compared,
     end_of_rounds,
+    most_likely,
     on_damages,
     refusal,
     reviser_metrics,
     test_policy,
     test_reviser,
+    worth_of,
 )
-from methods.seft_report import round_metrics, summary
+from methods.seft_judge import judged
+from methods.seft_report import round_metrics, summary, write_replies
 from methods.seft_rounds import Cast, collected
 from methods.seft_train import (
     TERM,
@@ -51,6 +55,7 @@ from protocols.reviser import ReviserTrainRequest
 from protocols.reward_model import LearnRequest
 from protocols.service import CheckpointRequest, Empty
 from protocols.training import ForwardBackwardRequest, OptimStepRequest, TrainRow
+from protocols.verifier import VerifierConfig
 
 __all__ = ["HEADLINE", "Config", "policies", "preset", "run"]
 
@@ -119,6 +124,8 @@ def models_of(config: Config) -> dict[str, ModelConfig]:
         found["reward"] = started_from(config.reward, config.policy) if config.reward.learns else config.reward
     if config.stronger is not None:
         found["stronger"] = config.stronger.model_copy(update={"trainer": None})
+    if config.judge is not None:
+        found["judge"] = config.judge.model_copy(update={"trainer": None})
     return found
 
 
@@ -162,11 +169,16 @@ async def make_cast(cluster: Cluster, config: Config) -> Cast:
         await reviser.load(CheckpointRequest(path=str(Path(config.reviser_trained) / "role")))
     reward = await cluster.reward_model(config.reward) if config.reward is not None else None
     stronger = await cluster.policy(config.stronger, name="stronger") if config.stronger is not None else None
+    judge = None
+    if config.judge is not None:
+        judge = await cluster.verifier(VerifierConfig(mode="votes"), await cluster.policy(config.judge, name="judge"))
     reference = await cluster.policy(frozen(config), name="reference") if config.algorithm == "dpo" else None
     info = await policy.info(Empty())
     if not info.eos_token_ids:
         raise BadInput(f"policy.model: {info.model!r} has no end token, so a reply would not end")
-    return Cast(policy, info.eos_token_ids[0], info.context_length, reviser, its_policy, reward, stronger, reference)
+    return Cast(
+        policy, info.eos_token_ids[0], info.context_length, reviser, its_policy, reward, stronger, judge, reference
+    )
 
 
 async def stage_a(cast: Cast, config: Config, data: Data, folder: Path) -> list[Triple]:
@@ -290,18 +302,22 @@ async def finish(cluster: Cluster, cast: Cast, config: Config, data: Data, state
     """Test the first and the best policy, and leave the best one's weights as the run's result."""
     if not state.scores:
         return
-    folder, tested = cluster.directory.path, []
+    folder, tasks = cluster.directory.path, data.test or data.dev
+    tested, replies = [], []
     for turn in dict.fromkeys((0, state.best)):
         await cast.policy.load(CheckpointRequest(path=str(folder / "best" / f"round-{turn}"), training_state=False))
-        tested.append(await test_policy(cast, config, data.test or data.dev))
+        replied = await most_likely(cast, config, tasks)
+        replies.append(replied.texts)
+        tested.append(await worth_of(cast, config, tasks, replied))
     await write(cast.policy, folder / "policy")
-    measured = await on_damages(cast, config, data.test) if config.world and config.revises else {}
-    told = {
-        "first": tested[0],
-        "best": tested[-1],
-        "best_round": state.best,
-        "dev": state.scores,
-        "reviser": measured,
-    }
-    write_atomically(folder / "evaluation.json", json.dumps(told | {"reviser": measured}, indent=1))
-    cluster.summarize(summary(cluster.metrics(), config, data, tested, state.best, measured, cluster.finished()))
+
+    found = {"first": tested[0], "best": tested[-1], "judge": {}, "reviser": {}}
+    comparisons = await compared(cast.judge, tasks, replies[-1], replies[0]) if cast.judge is not None else []
+    if comparisons:
+        found["judge"] = judged(comparisons, replies[-1], replies[0])
+    if config.world and config.revises:
+        found["reviser"] = await on_damages(cast, config, data.test)
+    write_replies(folder / "replies.jsonl", tasks, replies[0], replies[-1], comparisons)
+    rounds = {"best_round": state.best, "dev": state.scores}
+    write_atomically(folder / "evaluation.json", json.dumps(found | rounds, indent=1))
+    cluster.summarize(summary(cluster.metrics(), config, data, found, state.best, cluster.finished()))

@@ -91,6 +91,9 @@ class Config(MethodConfig):
     reward: RewardModelConfig | None = None
     """Scores replies: for `best_of_n`, for revisions that must not be worse, for the development score. One that
     learns is trained on the annotated pairs first."""
+    judge: PolicyConfig | None = None
+    """A model that compares the best round's replies to the test prompts with the first policy's, in both orders. It
+    takes no part in training."""
     stronger: PolicyConfig | None = None
     """A stronger model, whose replies take the place of the policy's at some prompts of external rounds."""
     stronger_share: float = Field(default=0.25, ge=0, le=1)
@@ -158,6 +161,8 @@ class Config(MethodConfig):
             raise ValueError("reward: expected a reward model, which best_of_n chooses by")
         if self.reward is not None and self.reward.kind == "rules":
             raise ValueError("reward.kind: rules need a right answer, which prompts do not have; expected a model")
+        if self.judge is not None and self.reward is not None and self.judge.model == self.reward.model:
+            raise ValueError("judge.model: it is the reward model's, which training goes by; expected another")
         if not self.reviser.adaptive and self.evolution != "external":
             raise ValueError("evolution: a reviser without labels cannot choose; expected external")
         if self.choose and not self.reviser.adaptive:

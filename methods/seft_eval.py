@@ -16,6 +16,7 @@ from protocols.messages import Prompt
 from protocols.policy import SampleRequest
 from protocols.reviser import LABELS, ReviseItem, ReviseRequest, Revision
 from protocols.reward_model import Reply, RewardRequest
+from protocols.verifier import ComparedItem, CompareRequest, Comparison, VerifierService
 
 PER_CALL = 512
 
@@ -79,9 +80,27 @@ async def labelled(
 
 
 async def test_policy(cast: Cast, config: Config, tasks: Sequence[Task]) -> dict[str, float]:
+    """What the policy's most likely replies are worth."""
+    return await worth_of(cast, config, tasks, await most_likely(cast, config, tasks))
+
+
+async def compared(
+    judge: VerifierService, tasks: Sequence[Task], ones: Sequence[str], others: Sequence[str]
+) -> list[Comparison]:
+    """A judge's view of two replies to each task."""
+    found: list[Comparison] = []
+    for start in range(0, len(tasks), PER_CALL):
+        items = [
+            ComparedItem(uid=tasks[i].id, messages=tasks[i].messages, one=ones[i], other=others[i])
+            for i in range(start, min(start + PER_CALL, len(tasks)))
+        ]
+        found += (await judge.compare(CompareRequest(items=items))).comparisons
+    return found
+
+
+async def worth_of(cast: Cast, config: Config, tasks: Sequence[Task], replied: Replied) -> dict[str, float]:
     """Score, share that equals the reference, length; how many replies the reviser would keep, and how many of these
     are as good as the reference."""
-    replied = await most_likely(cast, config, tasks)
     exact = [text.strip() == task.reference.strip() for task, text in zip(tasks, replied.texts, strict=True)]
     metrics = {
         "score": mean_of_known(replied.scores),

@@ -1,17 +1,21 @@
 """What SEFT tells its reader: what a round was made of, and what the run came to."""
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
+from cluster.run_directory import write_atomically
 from cluster.summary import Summary, SummaryRow
 from methods.qrm_measures import wilson
 from methods.seft_config import Config
-from methods.seft_data import Data
+from methods.seft_data import Data, Task
 from methods.seft_rounds import PseudoLabel
 from methods.seft_triples import edit_distance
 from protocols.reviser import LABELS
+from protocols.verifier import Comparison
 
 PANELS = {
     "Development prompts": ["dev/score", "dev/exact"],
@@ -49,13 +53,12 @@ def summary(
     rows: Sequence[Mapping[str, float]],
     config: Config,
     data: Data,
-    tested: Sequence[Mapping[str, float]],
+    found: Mapping[str, Mapping[str, float]],
     best: int,
-    measured: Mapping[str, float],
     finished: str,
 ) -> Summary:
     """The first policy beside the best, what the reviser is worth, and what must be known to read it."""
-    before, after = tested[0], tested[-1]
+    before, after, wins = found["first"], found["best"], found["judge"]
     count = len(data.test or data.dev)
     where = "test" if data.test else "development"
     lines = [SummaryRow(name="score", before=before["score"], after=after["score"], note=f"{count} {where} prompts")]
@@ -72,11 +75,17 @@ def summary(
     if "label_no" in after:
         note = "share of replies that the reviser would keep"
         lines.append(SummaryRow(name="label no", before=before["label_no"], after=after["label_no"], note=note))
+    if wins:
+        note = f"95 % {wins['low']:.3f} to {wins['high']:.3f}; at equal lengths {wins['at_equal_length']:.3f}, "
+        note += f"the same in both orders {wins['same_in_both_orders']:.3f}"
+        lines.append(SummaryRow(name="preferred to the first policy", after=wins["win_rate"], note=note))
     last = {name: value for row in rows for name, value in row.items() if value is not None}
     for name in ("accuracy", "macro_f1", "harm", "gain_minor", "gain_major", "copies", "no_precision"):
         if (value := last.get(f"reviser/{name}")) is not None:
             lines.append(SummaryRow(name=f"reviser/{name}", after=value, note="held-out annotated prompts"))
-    lines += [SummaryRow(name=f"reviser/{name}", after=value, note="test") for name, value in measured.items()]
+    lines += [
+        SummaryRow(name=f"reviser/{name}", after=value, note="test") for name, value in found["reviser"].items()
+    ]
     notes = [finished] if finished else []
     notes.append(f"The best round is {best}, by {len(data.dev)} development prompts; 0 is the first policy.")
     notes.append(
@@ -89,3 +98,15 @@ def summary(
 def title(config: Config) -> str:
     """What was run."""
     return f"{config.algorithm}, {config.evolution} evolution" if config.revises else config.algorithm
+
+
+def write_replies(
+    file: Path, tasks: Sequence[Task], first: Sequence[str], best: Sequence[str], judged: Sequence[Comparison]
+) -> None:
+    """Write each test prompt with the replies of the first and the best policy, and what the judge thinks."""
+    rows = []
+    for i, task in enumerate(tasks):
+        row = {"id": task.id, "messages": [turn.model_dump() for turn in task.messages], "first": first[i]}
+        row |= {"best": best[i], "reference": task.reference}
+        rows.append(row | ({"preference": judged[i].preference} if judged else {}))
+    write_atomically(file, "".join(json.dumps(row) + "\n" for row in rows))

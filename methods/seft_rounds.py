@@ -21,6 +21,7 @@ from protocols.policy import PolicyService, SampleRequest
 from protocols.reviser import LabelProbs, ReviseItem, ReviseRequest, ReviserService, Revision
 from protocols.reward_model import Reply, RewardModelService, RewardRequest
 from protocols.service import Message
+from protocols.verifier import VerifierService
 
 Source = Literal["kept", "revised", "own", "own_best", "stronger"]
 
@@ -39,6 +40,7 @@ class Cast:
     """The reviser's model."""
     reward: RewardModelService | None
     stronger: PolicyService | None
+    judge: VerifierService | None
     reference: PolicyService | None
     """The policy before it is trained."""
 

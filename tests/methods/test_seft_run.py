@@ -197,3 +197,13 @@ def test_what_does_not_fit_is_refused(
     assert main(["seft", f"runs_dir={tmp_path}", *words]) == 2
     assert told in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+async def test_a_judge_compares_the_best_policy_with_the_first(run: Run) -> None:
+    done = await run("one", "algorithm=sft", "judge.model=embedded", "judge.threads=1")
+    told = done.evaluation["judge"]
+    assert 0 <= told["low"] <= told["win_rate"] <= told["high"] <= 1 and 0 < told["at_equal_length"] < 1
+    assert told["too_long"] == 0
+    rows = [json.loads(line) for line in (done.folder / "replies.jsonl").read_text().splitlines()]
+    assert len(rows) == 12 and all(0 < row["preference"] < 1 for row in rows)
+    assert {row["name"] for row in done.summary["rows"]} >= {"preferred to the first policy", "score"}

@@ -62,7 +62,7 @@ from protocols.router import (
 from protocols.service import CheckpointRequest, Empty, HealthRequest, Message, Service
 from protocols.tensor import Tensor
 from protocols.training import ForwardBackwardRequest, OptimStepRequest, TrainRow
-from protocols.verifier import JudgeItem, JudgeRequest, VerifierConfig, VerifierService
+from protocols.verifier import ComparedItem, CompareRequest, JudgeItem, JudgeRequest, VerifierConfig, VerifierService
 
 WORDS = " ".join(vocabulary()[40:44])
 ROW = TrainRow(
@@ -98,6 +98,7 @@ REVISE = ReviseRequest(
     items=[ReviseItem(uid="u", messages=[ChatMessage(role="user", content=WORDS)], reply="12", seed=1)], params=SHORT
 )
 EXAMPLE = ReviserExample(uid="e", messages=REVISE.items[0].messages, reply="12", label="minor", target=WORDS)
+COMPARE = CompareRequest(items=[ComparedItem(uid="u", messages=REVISE.items[0].messages, one="12", other=WORDS)])
 SERVICES = (PolicyService, VerifierService, QuestionerService, ReviserService, RewardModelService, RouterService)
 # In order: later calls see what earlier ones changed.
 CALLS: list[tuple[type[Service], str, Message]] = [
@@ -118,6 +119,7 @@ CALLS: list[tuple[type[Service], str, Message]] = [
     (PolicyService, "publish", Empty()),
     (PolicyService, "sample", SAMPLE),
     (VerifierService, "judge", JudgeRequest(items=[JUDGED], votes=2, params=SHORT)),
+    (VerifierService, "compare", COMPARE),
     (QuestionerService, "propose", ProposeRequest(clusters=[DOCUMENTS], uids=["u"], seed=3, params=SHORT)),
     (QuestionerService, "remember", RememberRequest(proposals=[PROPOSAL])),
     (QuestionerService, "history", HistoryRequest(question_id="q", task=Task.MATH)),
@@ -144,6 +146,7 @@ CALLS: list[tuple[type[Service], str, Message]] = [
     (PolicyService, "tokenize", TokenizeRequest(prompts=[Prompt(text="")])),
     (PolicyService, "load", CheckpointRequest(path="nowhere")),
     (PolicyService, "optim_step", OptimStepRequest()),
+    (VerifierService, "compare", COMPARE),
     (QuestionerService, "propose", ProposeRequest(clusters=[DOCUMENTS], uids=[], seed=0)),
     (RewardModelService, "score", RewardRequest(replies=[WORSE.model_copy(update={"text": "", "ended": False})])),
     (RewardModelService, "train", LearnRequest(pairs=[EQUAL])),
@@ -177,7 +180,7 @@ async def a_company(
     if cluster._gateway is not None:
         cluster._gateway.admission.checkpoints = cluster.directory.path / "remote"
     policy = await cluster.policy(PolicyConfig.model_validate(given))
-    verifier = await cluster.verifier(VerifierConfig(), policy)
+    verifier = await cluster.verifier(VerifierConfig(names=("W0", "W1")), policy)
     questioner = await cluster.questioner(QuestionerConfig(), policy)
     reward_model = await cluster.reward_model(RewardModelConfig.model_validate(given))
     reviser = await cluster.reviser(ReviserConfig(prompt="{prompt} {reply}", names=NAMES), policy)
