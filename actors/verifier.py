@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actors.actor import Actor
+from actors.reviser import spoken
 from actors.rules import parse_answer, rule_score
 from actors.votes import majority, parse_vote
 from protocols.errors import BadInput
@@ -122,8 +123,7 @@ class VerifierActor(Actor, VerifierService):
 
 def _question(item: ComparedItem, first: str, second: str, swapped: bool) -> Prompt:
     one, other = (item.other, item.one) if swapped else (item.one, item.other)
-    spoken = "\n\n".join(turn.content for turn in item.messages)
-    content = COMPARE.format(prompt=spoken, one=one, other=other, first=first, second=second)
+    content = COMPARE.format(prompt=spoken(item.messages), one=one, other=other, first=first, second=second)
     return Prompt(messages=[ChatMessage(role="user", content=content)], uid=item.uid)
 
 

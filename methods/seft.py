@@ -7,6 +7,7 @@ be read: what is verified and what is our own design is in docs/methods/seft.md.
 """
 
 import json
+import math
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -20,7 +21,7 @@ from cluster.seeds import derive_seed
 from cluster.steps import LoopState, Step
 from methods.dealing import dealt
 from methods.seft_config import OWN, Config, preset
-from methods.seft_data import Data, best_of, data_of, of_round
+from methods.seft_data import Data, best_of, data_of, fitting, of_round
 from methods.seft_eval import (
     compared,
     end_of_rounds,
@@ -33,7 +34,7 @@ from methods.seft_eval import (
     worth_of,
 )
 from methods.seft_judge import judged
-from methods.seft_report import round_metrics, summary, write_replies
+from methods.seft_report import known, round_metrics, summary, write_replies
 from methods.seft_rounds import Cast, collected
 from methods.seft_train import (
     TERM,
@@ -66,6 +67,9 @@ HEADLINE = ("reviser/loss", "train/loss", "dev/score", "dev/label_no")
 class State(LoopState):
     """What past rounds came to."""
 
+    threshold: float | None = None
+    """t1 of the labels that the reviser learnt."""
+
     scores: list[float] = []
     """Development score of the first policy, and after each round."""
     kept: list[float] = []
@@ -79,30 +83,30 @@ async def run(cluster: Cluster, config: Config) -> None:
     data = data_of(config)
     config = await with_models(cluster, config, data)
     cast = await make_cast(cluster, config)
+    data = await fitting(data, cast.policy, cast.context)
     state, folder = State(), cluster.directory.path
     triples: list[Triple] = []
     rows: list[list[TrainRow]] = []
     mixed: list[list[TrainRow]] = []
 
-    async for step in cluster.steps(state, first=0):
+    async for step in cluster.steps(state, first=min(config.first_phase, 1)):
         turn, place = config.round_of(step.index)
         if turn == 0 and step.index > 0 and config.revises:
-            triples = triples or await stage_a(cast, config, data, folder)
+            triples = triples or await stage_a(cast, config, data, state, folder)
             step.log(await learn_to_revise(cast, config, triples, step))
         elif turn == 0 and step.index > 0:
             step.log(await learn_rewards(cast, config, data, step))
         elif turn > 0:
             if place == 0 or not rows:
                 rows = await lessons_of(cast, config, data, turn, folder, step)
-                if config.annotated_share:
-                    mixed, _ = await rows_of(cast, config, from_annotation(data.annotated, "sft"))
+                mixed = await annotated_rows(cast, config, data)
             step.log(await learn_policy(cast, config, rows, mixed, step))
 
-        if config.revises and step.index == config.first_phase:
-            await accept(cast, config, data, state, folder, step)
-        if step.index == 0 or (turn > 0 and place == config.round_steps - 1):
+        if step.index == config.first_phase or (place == config.round_steps - 1 and turn > 0):
             await cast.policy.publish(Empty())
             await judge_round(cast, config, data, state, turn, folder, step)
+        if config.revises and step.index == config.first_phase:
+            await accept(cast, config, data, state, folder, step)
 
     await finish(cluster, cast, config, data, state)
 
@@ -133,7 +137,7 @@ def reviser_of(config: Config) -> PolicyConfig:
     """The reviser's model: one that was trained elsewhere, or one whose schedule ends with its training."""
     if config.reviser_trained:
         model = str(Path(config.reviser_trained) / "model")
-        return config.reviser_policy.model_copy(update={"model": model, "trainer": None})
+        return config.reviser_policy.model_copy(update={"model": model, "trainer": None, "lora": None})
     found = started_from(config.reviser_policy, config.policy)
     if found.trainer is None or found.trainer.schedule == "constant":
         return found
@@ -181,13 +185,17 @@ async def make_cast(cluster: Cluster, config: Config) -> Cast:
     )
 
 
-async def stage_a(cast: Cast, config: Config, data: Data, folder: Path) -> list[Triple]:
-    """Examples for the reviser, written down beside their threshold."""
+async def stage_a(cast: Cast, config: Config, data: Data, state: State, folder: Path) -> list[Triple]:
+    """Examples for the reviser, written down; a run that goes on reads them."""
+    file = folder / "reviser_data.jsonl"
+    if file.is_file():
+        return [Triple.model_validate_json(line) for line in file.read_text(encoding="utf-8").splitlines()]
     rng = np.random.default_rng(derive_seed(config.seed, "balance"))
     found = await reviser_data(cast, config, data.annotated, rng)
-    write_atomically(folder / "reviser_data.jsonl", "".join(one.model_dump_json() + "\n" for one in found.kept))
+    state.threshold = found.threshold
     told = {"t0": config.rule.noise, "t1": found.threshold, "labels": Counter(one.label for one in found.kept)}
     write_atomically(folder / "reviser_data.json", json.dumps(told | {"dropped": found.dropped}, indent=1))
+    write_atomically(file, "".join(one.model_dump_json() + "\n" for one in found.kept))
     return found.kept
 
 
@@ -204,6 +212,8 @@ async def learn_rewards(cast: Cast, config: Config, data: Data, step: Step) -> d
     """One optimiser step of the reward model on the annotated pairs."""
     assert cast.reward is not None
     pairs = from_annotation(data.annotated, "pairs")
+    if not pairs:
+        raise BadInput("preferences: no prompt has a reply that is worse than its best; expected pairs to learn from")
     chosen = dealt(pairs, step.index - 1, config.examples_per_step, derive_seed(config.seed, "examples"))
     report = await cast.reward.train(LearnRequest(pairs=preferences_of(chosen)))
     found = {"loss": report.loss, "grad_norm": report.grad_norm, "lr": report.learning_rate, **report.metrics}
@@ -226,10 +236,22 @@ async def lessons_of(
     else:
         lessons = from_annotation(data.annotated, config.algorithm)
     rows, too_long = await rows_of(cast, config, lessons)
-    if not rows:
+    if not rows and config.algorithm in OWN:
         raise BadInput(f"round {turn}: nothing is left to learn; see `problem` in rounds/round-{turn}.jsonl")
+    if not rows:
+        raise BadInput(f"preferences: {config.algorithm} finds nothing to learn; {too_long} exceed the context")
     if config.round_of(step.index)[1] == 0:
         step.log({"round/lessons": len(rows), "round/too_long": too_long})
+    return rows
+
+
+async def annotated_rows(cast: Cast, config: Config, data: Data) -> list[list[TrainRow]]:
+    """The best annotated replies, where a share of each step is to be such."""
+    if not config.annotated_share:
+        return []
+    rows, too_long = await rows_of(cast, config, from_annotation(data.annotated, "sft"))
+    if not rows:
+        raise BadInput(f"annotated_share: no annotated reply is left, {too_long} exceed the policy's context")
     return rows
 
 
@@ -238,7 +260,7 @@ async def learn_policy(
 ) -> dict[str, float]:
     """One optimiser step of the policy (stage C, item 5); `mixed` are annotated rows for a share of it."""
     done = step.index - config.first_phase - 1
-    other = round(config.annotated_share * config.targets_per_step) if config.algorithm in OWN else 0
+    other = round(config.annotated_share * config.targets_per_step)
     chosen = dealt(rows, done, config.targets_per_step - other, derive_seed(config.seed, "targets"))
     chosen += dealt(mixed, done, other, derive_seed(config.seed, "mixed"))
     # A lesson that comes twice is two pairs.
@@ -246,7 +268,7 @@ async def learn_policy(
     report = await cast.policy.forward_backward(ForwardBackwardRequest(rows=batch, losses={TERM: loss_of(config)}))
     update = await cast.policy.optim_step(OptimStepRequest())
     found = {"loss": report.loss, "grad_norm": update.grad_norm, "lr": update.learning_rate}
-    found["epoch"] = (done % config.round_steps + 1) * config.targets_per_step / len(rows)
+    found["epoch"] = (done % config.round_steps + 1) * (config.targets_per_step - other) / len(rows)
     return {f"train/{name}": value for name, value in found.items()}
 
 
@@ -254,15 +276,17 @@ async def accept(cast: Cast, config: Config, data: Data, state: State, folder: P
     """Whether the reviser may revise: on annotated prompts that it has not seen, and the policy's replies to them."""
     assert cast.reviser is not None and cast.reviser_policy is not None
     step.activity("testing the reviser")
-    held_out = triples_of(data.held_out, config.rule).kept
+    labels = folder / "reviser" / "labels.json"
+    if config.reviser_trained:
+        state.threshold = json.loads((Path(config.reviser_trained) / "labels.json").read_text())["t1"]
+    held_out = triples_of(data.held_out, config.rule, state.threshold).kept
     best = {item.id: best_of(item) for item in data.held_out}
     metrics = reviser_metrics(await test_reviser(cast, config, held_out, best))
-    if config.reviser.adaptive:
-        found = await test_policy(cast, config, data.dev)
-        state.kept, metrics["no_precision"] = [found["label_no"]], found["no_precision"]
+    metrics["no_precision"] = step.metrics.get("dev/no_precision", math.nan)
     metrics = {f"reviser/{name}": value for name, value in metrics.items()}
     step.log(metrics)
     await write(cast.reviser_policy, folder / "reviser" / "model")
+    write_atomically(labels, json.dumps({"t0": config.rule.noise, "t1": state.threshold}))
     await cast.reviser.save(CheckpointRequest(path=str(folder / "reviser" / "role")))
     reason = refusal(metrics, config.acceptance)
     if reason and config.acceptance.enforce:
@@ -276,11 +300,14 @@ async def judge_round(
     step.activity("testing the policy")
     metrics = await test_policy(cast, config, data.dev)
     step.log({f"dev/{name}": value for name, value in metrics.items()})
+    if math.isnan(metrics["score"]):
+        raise BadInput("dev/score: it is not a number, so rounds cannot be told apart; see reward and preferences")
     if not state.scores or metrics["score"] > max(state.scores) + config.drift.gain:
         state.best = turn
-        await write(cast.policy, folder / "best" / f"round-{turn}")
+        # An adapter goes on as one.
+        await write(cast.policy, folder / "best" / f"round-{turn}", training_state=config.policy.lora is not None)
     state.scores = [*state.scores, metrics["score"]]
-    if turn and "label_no" in metrics:
+    if "label_no" in metrics:
         state.kept = [*state.kept, metrics["label_no"]]
     reason = end_of_rounds(state.scores, state.kept, config.drift)
     step.log({"dev/alarm": float(reason.startswith("drift"))})
@@ -288,12 +315,12 @@ async def judge_round(
         step.stop(reason)
 
 
-async def write(policy: PolicyService, folder: Path) -> None:
+async def write(policy: PolicyService, folder: Path, *, training_state: bool = False) -> None:
     """Write a policy's weights into a folder that is there as a whole or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = folder.with_name(f".{folder.name}")
     shutil.rmtree(staging, ignore_errors=True)
-    await policy.save(CheckpointRequest(path=str(staging), training_state=False))
+    await policy.save(CheckpointRequest(path=str(staging), training_state=training_state))
     shutil.rmtree(folder, ignore_errors=True)
     staging.rename(folder)
 
@@ -319,5 +346,5 @@ async def finish(cluster: Cluster, cast: Cast, config: Config, data: Data, state
         found["reviser"] = await on_damages(cast, config, data.test)
     write_replies(folder / "replies.jsonl", tasks, replies[0], replies[-1], comparisons)
     rounds = {"best_round": state.best, "dev": state.scores}
-    write_atomically(folder / "evaluation.json", json.dumps(found | rounds, indent=1))
+    write_atomically(folder / "evaluation.json", json.dumps(known(found) | rounds, indent=1))
     cluster.summarize(summary(cluster.metrics(), config, data, found, state.best, cluster.finished()))

@@ -151,7 +151,7 @@ class Config(MethodConfig):
             raise ValueError(f"prompts, test_prompts: the world {self.world!r} has its own; expected none")
         if self.policy.trainer is None:
             raise ValueError("policy.trainer: expected one, to train")
-        if self.revises and self.reviser_policy.trainer is None:
+        if self.revises and not self.reviser_trained and self.reviser_policy.trainer is None:
             raise ValueError("reviser_policy.trainer: expected one, to train")
         if self.reviser_trained and (not self.revises or self.own_replies):
             raise ValueError(
@@ -163,11 +163,38 @@ class Config(MethodConfig):
             raise ValueError("reward.kind: rules need a right answer, which prompts do not have; expected a model")
         if self.judge is not None and self.reward is not None and self.judge.model == self.reward.model:
             raise ValueError("judge.model: it is the reward model's, which training goes by; expected another")
-        if not self.reviser.adaptive and self.evolution != "external":
+        if self.reward is not None and self.reward.learns and self.algorithm != "best_of_n":
+            raise ValueError(
+                "reward.trainer: best_of_n alone trains it; expected null, and reward.model a trained one"
+            )
+        if self.revises and not self.reviser.adaptive and self.evolution != "external":
             raise ValueError("evolution: a reviser without labels cannot choose; expected external")
         if self.choose and not self.reviser.adaptive:
             raise ValueError("choose: a reviser without labels cannot choose; expected false")
+        self._has_no_idle_keys()
+        last = self.first_phase + self.rounds * self.round_steps
+        if self.steps > self.first_phase and (
+            self.steps > last or (self.steps - self.first_phase) % self.round_steps
+        ):
+            raise ValueError(
+                f"steps: got {self.steps}; expected the end of a round, at most {last} (rounds, round_steps)"
+            )
         return self
+
+    def _has_no_idle_keys(self) -> None:
+        external = self.revises and self.evolution != "internal"
+        used = {
+            "own_replies": (self.own_replies, self.revises),
+            "choose": (self.choose, external),
+            "by_confidence": (self.by_confidence, self.revises and self.reviser.adaptive),
+            "stronger": (self.stronger, external or self.algorithm == "self_train"),
+            "annotated_share": (self.annotated_share, self.algorithm in OWN),
+        }
+        for name, (given, works) in used.items():
+            if given and not works:
+                raise ValueError(f"{name}: it does nothing for this algorithm and evolution; expected none")
+        if round(self.annotated_share * self.targets_per_step) >= self.targets_per_step:
+            raise ValueError("annotated_share: no target of the round is left in a step; expected less")
 
     @model_validator(mode="before")
     @classmethod

@@ -5,19 +5,21 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from cluster.seeds import derive_seed
 from methods.chat_data import Conversation, Judged, read_conversations, read_judged
-from methods.seft_config import Config
+from methods.seft_config import OWN, Config
 from methods.seft_triples import edit_distance
 from methods.worlds import sorting
 from protocols.errors import BadInput
-from protocols.messages import ChatMessage
+from protocols.messages import ChatMessage, Prompt
+from protocols.policy import PolicyService, TokenizeRequest
 from protocols.service import Message
 
+PER_CALL = 1024
 Row = TypeVar("Row", Judged, Conversation)
 
 
@@ -38,7 +40,8 @@ class Data:
 
     annotated: list[Judged]
     held_out: list[Judged]
-    """Annotated too; nothing learns from them."""
+    """Annotated too; reviser and rounds do not learn from them (the desk's first policy has, from all four
+    answers)."""
     prompts: list[Conversation]
     dev: list[Task]
     """What tells the rounds apart."""
@@ -49,9 +52,13 @@ class Data:
 def data_of(config: Config) -> Data:
     """Read, or drawn by the world. Raises BadInput where a part is empty that the run needs."""
     found = drawn(config) if config.world else read(config)
-    if not config.revises:
-        # What is held out tests the reviser; without one it is as good for learning as the rest.
+    if config.world and not config.revises:
+        # Held out for the reviser alone: the world has other prompts to tell rounds apart.
         found.annotated, found.held_out = found.annotated + found.held_out, []
+    if not found.annotated:
+        raise BadInput("held_out: nothing is left to learn from; expected a smaller share")
+    if config.algorithm in OWN and not found.prompts:
+        raise BadInput(f"prompts: none is left to learn from; left out were {dict(found.dropped) or 'none'}")
     return found
 
 
@@ -92,18 +99,43 @@ def read(config: Config) -> Data:
             raise BadInput(f"preferences: no {name} among {len(judged)}; expected more of them, or another held_out")
     tested = [Task(id=one.id, messages=one.messages, reference=one.reply) for one in test]
     dev = [Task(id=item.id, messages=item.messages, reference=best_of(item)) for item in held_out]
+    dev = [task for task in dev if task.reference.strip()]
+    if not dev:
+        raise BadInput(
+            "preferences: the best reply to each prompt that is held out is empty; expected some with text"
+        )
     return Data(annotated, held_out, alone, dev, tested, dropped)
 
 
 def fresh(rows: Iterable[Row], seen: set[str], dropped: Counter[str], what: str) -> Iterator[Row]:
-    """Rows whose prompt was not met before, case and blanks apart; the others are counted."""
+    """Rows whose prompt was not met before, case and blanks apart; the others are counted. Ids become unique."""
+    ids: set[str] = set()
     for row in rows:
         key = prompt_key(row.messages)
         if key in seen:
             dropped[f"{what}: prompt met before"] += 1
         else:
             seen.add(key)
-            yield row
+            # Several files may each count their rows from 0.
+            name = f"{row.id}-{key[:8]}" if row.id in ids else row.id
+            ids.add(name)
+            yield row.model_copy(update={"id": name})
+
+
+async def fitting(data: Data, policy: PolicyService, context: int) -> Data:
+    """The same without prompts that leave a policy no token to reply with, which are counted."""
+    for name in ("annotated", "held_out", "prompts", "dev", "test"):
+        kept: list[Any] = []
+        rows = getattr(data, name)
+        for start in range(0, len(rows), PER_CALL):
+            piece = rows[start : start + PER_CALL]
+            prompts = [Prompt(messages=row.messages, uid=row.id) for row in piece]
+            tokens = (await policy.tokenize(TokenizeRequest(prompts=prompts))).tokens
+            kept += [row for row, ids in zip(piece, tokens, strict=True) if len(ids) < context]
+        if len(kept) < len(rows):
+            data.dropped[f"{name}: prompt too long for the policy"] += len(rows) - len(kept)
+        setattr(data, name, kept)
+    return data
 
 
 def prompt_key(messages: Sequence[ChatMessage]) -> str:

@@ -12,7 +12,7 @@ from methods.seft_data import Task, closeness
 from methods.seft_rounds import Cast
 from methods.seft_triples import Triple, edit_distance
 from methods.worlds import sorting
-from protocols.messages import Prompt
+from protocols.messages import FinishReason, Prompt
 from protocols.policy import SampleRequest
 from protocols.reviser import LABELS, ReviseItem, ReviseRequest, Revision
 from protocols.reward_model import Reply, RewardRequest
@@ -34,19 +34,27 @@ class Replied:
 async def most_likely(cast: Cast, config: Config, tasks: Sequence[Task]) -> Replied:
     """Greedy replies, scored."""
     params = config.sampling.model_copy(update={"temperature": 0.0, "top_p": 1.0})
-    texts, tokens = [], 0
+    texts: list[str] = []
+    ended: list[bool] = []
+    tokens = 0
     for start in range(0, len(tasks), PER_CALL):
         piece = tasks[start : start + PER_CALL]
         prompts = [Prompt(messages=one.messages, uid=one.id) for one in piece]
         answer = await cast.policy.sample(SampleRequest(prompts=prompts, params=params))
         completions = [result.completions[0] for result in answer.results]
         texts += [one.text for one in completions]
+        ended += [one.finish_reason is FinishReason.STOP for one in completions]
         tokens += sum(len(one.tokens) for one in completions)
-    return Replied(texts, await scores_of(cast, config, tasks, texts), tokens)
+    return Replied(texts, await scores_of(cast, config, tasks, texts, ended), tokens)
 
 
-async def scores_of(cast: Cast, config: Config, tasks: Sequence[Task], texts: Sequence[str]) -> list[float]:
-    """By the reward model if there is one, else by closeness to the reference; NaN without either."""
+async def scores_of(
+    cast: Cast, config: Config, tasks: Sequence[Task], texts: Sequence[str], ended: Sequence[bool] = ()
+) -> list[float]:
+    """By the reward model if there is one, else by closeness to the reference; NaN without either.
+
+    `ended`: which texts are whole; all, if nothing is said.
+    """
     if cast.reward is None or config.world:
         return [
             closeness(config, task, text) if task.reference else math.nan
@@ -54,9 +62,11 @@ async def scores_of(cast: Cast, config: Config, tasks: Sequence[Task], texts: Se
         ]
     found: list[float] = []
     for start in range(0, len(tasks), PER_CALL):
+        places = range(start, min(start + PER_CALL, len(tasks)))
+        prompts = [Prompt(messages=tasks[i].messages) for i in places]
         replies = [
-            Reply(uid=task.id, prompt=Prompt(messages=task.messages), text=text)
-            for task, text in zip(tasks[start : start + PER_CALL], texts[start : start + PER_CALL], strict=True)
+            Reply(uid=tasks[i].id, prompt=prompt, text=texts[i], ended=not ended or ended[i])
+            for i, prompt in zip(places, prompts, strict=True)
         ]
         found += [one.score for one in (await cast.reward.score(RewardRequest(replies=replies))).scores]
     return found
@@ -110,9 +120,12 @@ async def worth_of(cast: Cast, config: Config, tasks: Sequence[Task], replied: R
     if cast.reviser is not None and config.reviser.adaptive:
         labels = [one.label for one in await labelled(cast, config, tasks, replied.texts, write=False)]
         metrics |= {f"label_{label}": labels.count(label) / len(labels) for label in LABELS}
-        best = await scores_of(cast, config, tasks, [task.reference for task in tasks])
-        kept = [i for i, label in enumerate(labels) if label == "no" and tasks[i].reference]
-        metrics["no_precision"] = share(replied.scores[i] >= best[i] for i in kept)
+        if config.world or cast.reward is not None:
+            # Closeness in words would find nothing but the reference itself as good.
+            best = await scores_of(cast, config, tasks, [task.reference for task in tasks])
+            kept = [i for i, label in enumerate(labels) if label == "no" and tasks[i].reference]
+            good = [replied.scores[i] >= best[i] or replied.texts[i] == tasks[i].reference for i in kept]
+            metrics["no_precision"] = share(good)
     return metrics
 
 
@@ -148,7 +161,7 @@ async def test_reviser(cast: Cast, config: Config, triples: Sequence[Triple], be
             label=one.label,
             said=revision.label or "",
             before=old,
-            after=new,
+            after=old if revision.text == one.reply else new,
             copied=revision.text == one.reply,
             distance=edit_distance(one.reply, revision.text)[1],
         )

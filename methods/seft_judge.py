@@ -7,13 +7,15 @@ import numpy as np
 from methods.qrm_measures import wilson
 from protocols.verifier import Comparison
 
+ROUNDING = 1e-6
+"""Preferences this near to 1/2 are ties: equal replies in both orders differ in the last bits."""
 CERTAIN = 1e-3
 """Preferences this near to 0 and 1 count as that far from them: one judgement must not decide a fit."""
 
 
 def win_rate(preferences: Sequence[float]) -> tuple[float, float, float]:
     """Share of pairs whose first reply is preferred, ties counting half, and its 95 % Wilson interval."""
-    wins = sum(0.5 * ((one > 0.5) + (one >= 0.5)) for one in preferences)
+    wins = sum(0.5 if abs(one - 0.5) < ROUNDING else float(one > 0.5) for one in preferences)
     return (wins / len(preferences) if len(preferences) else float("nan"), *wilson(wins, len(preferences)))
 
 
@@ -40,16 +42,19 @@ def at_equal_length(preferences: Sequence[float], longer_by: Sequence[float]) ->
 def judged(comparisons: Sequence[Comparison], ones: Sequence[str], others: Sequence[str]) -> dict[str, float]:
     """What a judge thinks of pairs of replies; those that are too long for it are left out and counted."""
     able = [i for i, one in enumerate(comparisons) if one.preference is not None]
-    preferences = [comparisons[i].preference or 0.0 for i in able]
+    same = [ones[i] == others[i] for i in able]
+    found = [comparisons[i].preference or 0.0 for i in able]
+    preferences = [0.5 if is_same else one for is_same, one in zip(same, found, strict=True)]
     share, low, high = win_rate(preferences)
-    first, second = ([getattr(comparisons[i], name) > 0.5 for i in able] for name in ("shown_first", "shown_second"))
+    apart = [comparisons[i] for i, is_same in zip(able, same, strict=True) if not is_same]
+    agreed = [((one.shown_first or 0.0) > 0.5) == ((one.shown_second or 0.0) > 0.5) for one in apart]
     return {
         "win_rate": share,
         "low": low,
         "high": high,
         "at_equal_length": at_equal_length(preferences, [len(ones[i]) - len(others[i]) for i in able]),
         "preference": float(np.mean(preferences)) if able else float("nan"),
-        "same_in_both_orders": float(np.mean(np.equal(first, second))) if able else float("nan"),
+        "same_in_both_orders": float(np.mean(agreed)) if agreed else float("nan"),
         "length_ratio": sum(map(len, ones)) / max(sum(map(len, others)), 1),
         "too_long": float(len(comparisons) - len(able)),
     }

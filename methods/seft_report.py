@@ -1,6 +1,7 @@
 """What SEFT tells its reader: what a round was made of, and what the run came to."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -61,7 +62,10 @@ def summary(
     before, after, wins = found["first"], found["best"], found["judge"]
     count = len(data.test or data.dev)
     where = "test" if data.test else "development"
-    lines = [SummaryRow(name="score", before=before["score"], after=after["score"], note=f"{count} {where} prompts")]
+    lines = []
+    if after["score"] == after["score"]:
+        note = f"{count} {where} prompts"
+        lines.append(SummaryRow(name="score", before=before["score"], after=after["score"], note=note))
     if after["exact"] == after["exact"]:
         known = sum(bool(task.reference) for task in data.test or data.dev)
         low, high = wilson(round(after["exact"] * known), known)
@@ -110,3 +114,8 @@ def write_replies(
         row |= {"best": best[i], "reference": task.reference}
         rows.append(row | ({"preference": judged[i].preference} if judged else {}))
     write_atomically(file, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def known(found: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float | None]]:
+    """Measures as JSON has them: what could not be measured is null."""
+    return {part: {name: v if math.isfinite(v) else None for name, v in of.items()} for part, of in found.items()}

@@ -195,10 +195,16 @@ async def chosen(cast: Cast, config: Config, prompts: Sequence[Conversation], tu
     if cast.reviser is not None:
         revisions = await asked(cast.reviser, config, rows, labels_only=True)
         rows = [
-            one.model_copy(update={"label_probs": said.label_probs, "reviser_version": said.version})
+            one.model_copy(
+                update={
+                    "label_probs": said.label_probs,
+                    "reviser_version": said.version,
+                    "problem": one.problem or ("too long to be revised" if said.too_long else ""),
+                }
+            )
             for one, said in zip(rows, revisions, strict=True)
         ]
-        usable = [not one.problem and one.label_probs is not None and bool(one.reply.strip()) for one in rows]
+        usable = [not one.problem and bool(one.reply.strip()) for one in rows]
         scores = [own_score(one.label_probs) if one.label_probs is not None else 0.0 for one in rows]
     else:
         usable = [not one.problem and bool(one.reply.strip()) for one in rows]
@@ -228,7 +234,10 @@ async def revised(cast: Cast, config: Config, replies: Sequence[PseudoLabel]) ->
     if cast.reward is not None:
         before = await rewards(cast, found, [one.reply for one in found])
         behind = await rewards(cast, found, [one.target for one in found])
-        found = [vetoed(one, new - old) for one, old, new in zip(found, before, behind, strict=True)]
+        gains = [new - old for old, new in zip(before, behind, strict=True)]
+        # Equal texts may differ by rounding where they are scored beside others.
+        gains = [0.0 if one.target == one.reply else gain for one, gain in zip(found, gains, strict=True)]
+        found = [vetoed(one, gain) for one, gain in zip(found, gains, strict=True)]
     return found
 
 

@@ -10,6 +10,7 @@ from methods.seft_config import Config
 from methods.seft_data import best_of
 from methods.seft_rounds import Cast, PseudoLabel, sampled
 from methods.seft_triples import Triple, Triples, balanced, edit_distance, triples_of
+from protocols.errors import BadInput
 from protocols.losses import LossSpec, SFTLoss
 from protocols.messages import ChatMessage, FinishReason, Prompt
 from protocols.policy import PolicyService, ScoreRequest, TokenizeRequest
@@ -41,7 +42,9 @@ def loss_of(config: Config) -> LossSpec:
 
 
 def from_annotation(items: Sequence[Judged], algorithm: str) -> list[Lesson]:
-    """The best reply to each prompt, for `sft`; otherwise the best against each that is worse."""
+    """The best reply to each prompt, for `sft`; otherwise the best against each that is worse. Where the best is
+    empty there is nothing to learn."""
+    items = [item for item in items if best_of(item).strip()]
     if algorithm == "sft":
         return [Lesson(item.id, item.messages, best_of(item)) for item in items]
     lessons = []
@@ -123,13 +126,18 @@ async def reviser_data(cast: Cast, config: Config, items: Sequence[Judged], rng:
     else:
         # One that has no labels cannot learn to leave a reply alone.
         found.kept = [one for one in found.kept if one.label != "no"]
+    if not found.kept:
+        raise BadInput(f"preferences: no reply is left to learn revisions from; left out were {dict(found.dropped)}")
     return found
 
 
 async def own_triples(cast: Cast, config: Config, items: Sequence[Judged]) -> list[Triple]:
     """The policy's own replies to annotated prompts: they are revised into the best annotated one."""
     asked = [Conversation(id=item.id, messages=item.messages) for item in items]
-    answers = await sampled(cast.policy, config, asked, 0, config.own_replies)
+    answers = []
+    for start in range(0, len(asked), config.prompts_per_call):
+        piece = asked[start : start + config.prompts_per_call]
+        answers += await sampled(cast.policy, config, piece, 0, config.own_replies)
     found = []
     for item, completions in zip(items, answers, strict=True):
         best, seen = best_of(item), {reply.text for reply in item.replies}

@@ -61,8 +61,8 @@ class Triples:
     dropped: Counter[str] = field(default_factory=Counter)
 
 
-def triples_of(items: Iterable[Judged], rule: LabelRule) -> Triples:
-    """One example for each reply.
+def triples_of(items: Iterable[Judged], rule: LabelRule, threshold: float | None = None) -> Triples:
+    """One example for each reply; `threshold` is a t1 that was found before.
 
     Left out and counted: prompts with one reply or whose best is empty, texts that stand at different places of the
     order, repetitions, and of prompts whose replies are all equally good all but one.
@@ -76,7 +76,8 @@ def triples_of(items: Iterable[Judged], rule: LabelRule) -> Triples:
             scored = all(reply.score is not None for reply in replies)
             usable.append((item, scored, replies))
     gaps = [gap for _, scored, replies in usable if scored for gap in gaps_of(replies)]
-    if gaps:
+    found.threshold = threshold
+    if gaps and threshold is None:
         found.threshold = major_above(gaps, rule.noise)
     for item, scored, replies in usable:
         if scored:

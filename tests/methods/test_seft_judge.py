@@ -48,5 +48,9 @@ def test_what_a_judge_says_of_two_policies() -> None:
     found = judged(comparisons, ["xx", "xx", "xx", "xx"], ["x", "x", "x", "x"])
     assert (found["win_rate"], found["low"], found["high"]) == (2 / 3, *wilson(2, 3))
     assert found["same_in_both_orders"] == pytest.approx(2 / 3)
+    # The same reply twice is a tie, whatever the last bits say, and tells nothing of places.
+    equal = judged(comparisons[:2], ["x", "x"], ["x", "x"])
+    assert equal["win_rate"] == 0.5 and math.isnan(equal["same_in_both_orders"])
+    assert win_rate([0.5 + 1e-9, 0.5 - 1e-9])[0] == 0.5
     assert (found["too_long"], found["length_ratio"]) == (1, 2)
     assert found["preference"] == pytest.approx((0.8 + 0.55 + 0.2) / 3)

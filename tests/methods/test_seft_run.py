@@ -15,6 +15,7 @@ from methods import seft
 from methods.seft_rounds import PseudoLabel
 from methods.worlds import sorting
 from protocols.errors import Corrupt
+from protocols.messages import ChatMessage
 
 pytestmark = pytest.mark.slow
 
@@ -50,11 +51,11 @@ def labels_of(text: str) -> list[PseudoLabel]:
 
 async def test_a_run_trains_a_reviser_and_then_the_policy(run: Run) -> None:
     done = await run("one")
-    assert [row["step"] for row in done.rows] == list(range(8))
-    assert ["reviser/loss" in row for row in done.rows] == [False] + 3 * [True] + 4 * [False]
-    assert ["train/loss" in row for row in done.rows] == 4 * [False] + 4 * [True]
-    assert [row["step"] for row in done.rows if "dev/score" in row] == [0, 5, 7]
-    assert done.rows[3]["reviser/macro_f1"] >= 0
+    assert [row["step"] for row in done.rows] == list(range(1, 8))
+    assert ["reviser/loss" in row for row in done.rows] == 3 * [True] + 4 * [False]
+    assert ["train/loss" in row for row in done.rows] == 3 * [False] + 4 * [True]
+    assert [row["step"] for row in done.rows if "dev/score" in row] == [3, 5, 7]
+    assert done.rows[2]["reviser/macro_f1"] >= 0
     internal, external = map(labels_of, done.rounds)
     assert len(internal) == len(external) == 20
     assert {one.source for one in internal} == {"own_best"}
@@ -71,7 +72,7 @@ async def test_a_run_trains_a_reviser_and_then_the_policy(run: Run) -> None:
     again = await run("again", f"reviser_trained={done.folder / 'reviser'}", "reviser_policy.trainer.learning_rate=1")
     # Samples are drawn by round and prompt, not by step; so are the batches.
     assert [one.target for one in labels_of(again.rounds[0])] == [one.target for one in internal]
-    assert [row["train/loss"] for row in again.rows[1:]] == [row["train/loss"] for row in done.rows[4:]]
+    assert [row["train/loss"] for row in again.rows[1:]] == [row["train/loss"] for row in done.rows[3:]]
     assert again.evaluation["best"] == done.evaluation["best"]
 
 
@@ -184,6 +185,11 @@ async def test_a_stronger_model_replies_to_its_share(run: Run) -> None:
         ([], "preferences: expected files of annotated replies, or a world"),
         (["world=sorting", "algorithm=best_of_n"], "reward: expected a reward model"),
         (["world=sorting", "reviser.adaptive=false"], "evolution: a reviser without labels cannot choose"),
+        (["world=sorting", "reward={kind: outcome}"], "reward.trainer: best_of_n alone trains it"),
+        (["world=sorting", "algorithm=sft", "choose=true"], "choose: it does nothing for this algorithm"),
+        (["world=sorting", "evolution=internal", "stronger={}"], "stronger: it does nothing"),
+        (["world=sorting", "steps=901"], "steps: got 901; expected the end of a round, at most 1700"),
+        (["world=sorting", "annotated_share=0.999"], "annotated_share: no target of the round is left"),
         (["world=sorting", "policy.trainer=null"], "policy.trainer: expected one"),
         (["world=sorting", "reward={kind: rules}"], "reward.kind: rules need a right answer"),
         (["preferences=[a.jsonl]"], "prompts: expected files of prompts, which seft learns from"),
@@ -207,3 +213,27 @@ async def test_a_judge_compares_the_best_policy_with_the_first(run: Run) -> None
     rows = [json.loads(line) for line in (done.folder / "replies.jsonl").read_text().splitlines()]
     assert len(rows) == 12 and all(0 < row["preference"] < 1 for row in rows)
     assert {row["name"] for row in done.summary["rows"]} >= {"preferred to the first policy", "score"}
+
+
+async def test_an_adapter_is_trained_and_given_back_whole(run: Run) -> None:
+    done = await run("one", "policy.lora.rank=2", "reviser_policy.lora.rank=2")
+    assert (done.folder / "policy" / "model.safetensors").is_file()
+    again = await run("again", f"reviser_trained={done.folder / 'reviser'}", "policy.lora.rank=2")
+    assert again.evaluation["best"] == pytest.approx(done.evaluation["best"], abs=1e-3)
+
+
+async def test_prompts_that_leave_no_room_are_left_out(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = seft.data_of
+
+    def with_a_long_one(config: Any) -> Any:
+        data = whole(config)
+        long = " ".join("1" for _ in range(200))
+        for part in (data.prompts, data.dev, data.annotated):
+            part[0] = part[0].model_copy(update={"messages": [ChatMessage(role="user", content=long)]})
+        return data
+
+    monkeypatch.setattr(seft, "data_of", with_a_long_one)
+    done = await run("one", "own_replies=1")
+    notes = " ".join(done.summary["notes"])
+    for part in ("annotated", "dev", "prompts"):
+        assert f"{part}: prompt too long for the policy: 1" in notes

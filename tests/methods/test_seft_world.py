@@ -96,6 +96,23 @@ def test_too_little_to_hold_some_out_is_refused(tmp_path: Path) -> None:
         data_of(configure(Config, [f"preferences=[{file}]", f"prompts=[{file}]", "algorithm=seft"], None, None))
 
 
+def test_ids_become_unique_and_development_prompts_stay_apart(tmp_path: Path) -> None:
+    pairs = [{"id": f"{i % 30}", "prompt": f"Q {i}", "better": f"good {i}", "worse": "bad"} for i in range(60)]
+    text = write(tmp_path / "pairs.jsonl", pairs)
+    alone = write(tmp_path / "alone.jsonl", [{"prompt": "New?"}])
+    given = [f"preferences=[{text}]", f"prompts=[{alone}]", "held_out=0.3"]
+    found = data_of(configure(Config, given, None, None))
+    ids = [one.id for one in found.annotated + found.held_out]
+    assert len(set(ids)) == 60
+    for task in found.dev:
+        assert task.reference == task.messages[0].content.replace("Q", "good")
+    # Whatever the algorithm, what tells rounds apart is nothing that it learns from.
+    sft = data_of(configure(Config, [*given, "algorithm=sft"], None, None))
+    assert {one.id for one in sft.annotated}.isdisjoint(one.id for one in sft.dev)
+    with pytest.raises(BadInput, match="prompts: none is left to learn from"):
+        data_of(configure(Config, [f"preferences=[{text}]", f"prompts=[{text}]", "held_out=0.3"], None, None))
+
+
 @pytest.mark.parametrize(
     ("successes", "trials", "low", "high"),
     [
