@@ -73,11 +73,13 @@ class Examiner:
     async def _scores(self, questions: Sequence[GoldQuestion], clusters: dict[str, Cluster]) -> list[float]:
         """Share of right answers to each question, over its samples."""
         prompts = await self._gold_prompts(questions, clusters)
-        samples = self.config.test_samples
-        request = SampleRequest(prompts=prompts, n=samples, params=self.config.answer_sampling)
-        results = (await self.cast.policy.sample(request)).results
-        replies = [[completion.text for completion in sampled.completions] for sampled in results]
-        return await self._best_scores(questions, replies)
+        return await self._best_scores(questions, await self.replies(prompts))
+
+    async def replies(self, prompts: Sequence[Prompt]) -> list[list[str]]:
+        """What counts as the policy's replies to each question: `test_samples` of them, as they are."""
+        params, count = self.config.answer_sampling, self.config.test_samples
+        answer = await self.cast.policy.sample(SampleRequest(prompts=list(prompts), n=count, params=params))
+        return [[completion.text for completion in sampled.completions] for sampled in answer.results]
 
     async def _gold_prompts(self, questions: Sequence[GoldQuestion], clusters: dict[str, Cluster]) -> list[Prompt]:
         """The questions over their documents."""
