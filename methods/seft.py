@@ -35,10 +35,9 @@ from methods.seft_eval import (
 )
 from methods.seft_judge import judged
 from methods.seft_report import known, round_metrics, summary, write_replies
-from methods.seft_rounds import Cast, collected
+from methods.seft_rounds import Cast, PseudoLabel, collected
 from methods.seft_train import (
     TERM,
-    Lesson,
     example_of,
     from_annotation,
     from_round,
@@ -224,7 +223,7 @@ async def lessons_of(
     cast: Cast, config: Config, data: Data, turn: int, folder: Path, step: Step
 ) -> list[list[TrainRow]]:
     """What the policy learns in a round: from its own replies, or from annotated ones."""
-    lessons: list[Lesson]
+    found: list[PseudoLabel] = []
     if config.algorithm in OWN:
         prompts = of_round(data.prompts, turn, config.prompts_per_round, config.seed)
         found = await collected(cast, config, prompts, turn, folder / "rounds" / f"round-{turn}.jsonl", step.activity)
@@ -236,8 +235,12 @@ async def lessons_of(
     else:
         lessons = from_annotation(data.annotated, config.algorithm)
     rows, too_long = await rows_of(cast, config, lessons)
-    if not rows and config.algorithm in OWN:
-        raise BadInput(f"round {turn}: nothing is left to learn; see `problem` in rounds/round-{turn}.jsonl")
+    if not rows and found:
+        why = ", ".join(f"{count} {reason}" for reason, count in Counter(one.problem for one in found).most_common())
+        raise BadInput(
+            f"round {turn}: nothing is left to learn of {len(found)} prompts ({why}; {too_long} too long): see"
+            f" rounds/round-{turn}.jsonl, and least_own_score, evolution, sampling"
+        )
     if not rows:
         raise BadInput(f"preferences: {config.algorithm} finds nothing to learn; {too_long} exceed the context")
     if config.round_of(step.index)[1] == 0:
