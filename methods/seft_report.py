@@ -15,6 +15,7 @@ from methods.seft_config import Config
 from methods.seft_data import Data, Task
 from methods.seft_rounds import PseudoLabel
 from methods.seft_triples import edit_distance
+from methods.worlds import sorting
 from protocols.reviser import LABELS
 from protocols.verifier import Comparison
 
@@ -87,9 +88,7 @@ def summary(
     for name in ("accuracy", "macro_f1", "harm", "gain_minor", "gain_major", "copies", "no_precision"):
         if (value := last.get(f"reviser/{name}")) is not None:
             lines.append(SummaryRow(name=f"reviser/{name}", after=value, note="held-out annotated prompts"))
-    lines += [
-        SummaryRow(name=f"reviser/{name}", after=value, note="test") for name, value in found["reviser"].items()
-    ]
+    lines += damages(found["reviser"])
     notes = [finished] if finished else []
     notes.append(f"The best round is {best}, by {len(data.dev)} development prompts; 0 is the first policy.")
     notes.append(
@@ -97,6 +96,17 @@ def summary(
     )
     notes += [f"Left out, {reason}: {count}." for reason, count in sorted(data.dropped.items())]
     return Summary(title=f"SEFT: {title(config)}", rows=lines, notes=notes, panels=PANELS)
+
+
+def damages(found: Mapping[str, float]) -> list[SummaryRow]:
+    """In the sorting desk: what the reviser makes of damaged answers, a row for each number of damages."""
+    rows = []
+    for times in sorting.DAMAGES if found else ():
+        labels = ", ".join(f"{label} {found[f'{label}_{times}']:.2f}" for label in LABELS)
+        note = f"quality; {labels}; made worse {found[f'harm_{times}']:.2f}; test prompts"
+        name, before, after = f"reviser, {times} damages", found[f"before_{times}"], found[f"after_{times}"]
+        rows.append(SummaryRow(name=name, before=before, after=after, note=note))
+    return rows
 
 
 def title(config: Config) -> str:

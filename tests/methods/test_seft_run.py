@@ -69,6 +69,8 @@ async def test_a_run_trains_a_reviser_and_then_the_policy(run: Run) -> None:
     assert sum(counts) == len((done.folder / "reviser_data.jsonl").read_text().splitlines())
     assert max(counts) <= 2 * min(counts)
 
+    assert {f"reviser, {times} damages" for times in (0, 1, 2, 4)} <= {row["name"] for row in done.summary["rows"]}
+
     again = await run("again", f"reviser_trained={done.folder / 'reviser'}", "reviser_policy.trainer.learning_rate=1")
     # Samples are drawn by round and prompt, not by step; so are the batches.
     assert [one.target for one in labels_of(again.rounds[0])] == [one.target for one in internal]
@@ -218,6 +220,8 @@ async def test_a_judge_compares_the_best_policy_with_the_first(run: Run) -> None
 async def test_an_adapter_is_trained_and_given_back_whole(run: Run) -> None:
     done = await run("one", "policy.lora.rank=2", "reviser_policy.lora.rank=2")
     assert (done.folder / "policy" / "model.safetensors").is_file()
+    assert {f"reviser, {times} damages" for times in (0, 1, 2, 4)} <= {row["name"] for row in done.summary["rows"]}
+
     again = await run("again", f"reviser_trained={done.folder / 'reviser'}", "policy.lora.rank=2")
     assert again.evaluation["best"] == pytest.approx(done.evaluation["best"], abs=1e-3)
 
