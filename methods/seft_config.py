@@ -89,8 +89,8 @@ class Config(MethodConfig):
     reviser_trained: str = ""
     """The folder `reviser` of another run, whose reviser is used as it is; empty: one is trained."""
     reward: RewardModelConfig | None = None
-    """Scores replies: for `best_of_n`, for revisions that must not be worse, for the development score. One that
-    learns is trained on the annotated pairs first."""
+    """Scores replies: for `best_of_n`, which trains it first, on the annotated pairs; elsewhere a trained one, for
+    revisions that must not be worse and for the development score."""
     judge: PolicyConfig | None = None
     """A model that compares the best round's replies to the test prompts with the first policy's, in both orders. It
     takes no part in training."""
