@@ -60,6 +60,7 @@ from protocols.verifier import VerifierConfig
 __all__ = ["HEADLINE", "Config", "policies", "preset", "run"]
 
 Model = TypeVar("Model", bound=ModelConfig)
+LABELS_FILE = "labels.json"
 HEADLINE = ("reviser/loss", "train/loss", "dev/score", "dev/label_no")
 
 
@@ -135,6 +136,11 @@ def models_of(config: Config) -> dict[str, ModelConfig]:
 def reviser_of(config: Config) -> PolicyConfig:
     """The reviser's model: one that was trained elsewhere, or one whose schedule ends with its training."""
     if config.reviser_trained:
+        if not (Path(config.reviser_trained) / LABELS_FILE).is_file():
+            told = (
+                f"got {config.reviser_trained!r}, which has no {LABELS_FILE}; expected the folder `reviser` of a run"
+            )
+            raise BadInput(f"reviser_trained: {told}")
         model = str(Path(config.reviser_trained) / "model")
         return config.reviser_policy.model_copy(update={"model": model, "trainer": None, "lora": None})
     found = started_from(config.reviser_policy, config.policy)
@@ -186,14 +192,15 @@ async def make_cast(cluster: Cluster, config: Config) -> Cast:
 
 async def stage_a(cast: Cast, config: Config, data: Data, state: State, folder: Path) -> list[Triple]:
     """Examples for the reviser, written down; a run that goes on reads them."""
-    file = folder / "reviser_data.jsonl"
+    file, about = folder / "reviser_data.jsonl", folder / "reviser_data.json"
     if file.is_file():
-        return [Triple.model_validate_json(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        state.threshold = json.loads(about.read_text(encoding="utf-8"))["t1"]
+        return [Triple.model_validate_json(line) for line in file.read_bytes().split(b"\n")[:-1]]
     rng = np.random.default_rng(derive_seed(config.seed, "balance"))
     found = await reviser_data(cast, config, data.annotated, rng)
     state.threshold = found.threshold
     told = {"t0": config.rule.noise, "t1": found.threshold, "labels": Counter(one.label for one in found.kept)}
-    write_atomically(folder / "reviser_data.json", json.dumps(told | {"dropped": found.dropped}, indent=1))
+    write_atomically(about, json.dumps(told | {"dropped": found.dropped}, indent=1))
     write_atomically(file, "".join(one.model_dump_json() + "\n" for one in found.kept))
     return found.kept
 
@@ -279,9 +286,9 @@ async def accept(cast: Cast, config: Config, data: Data, state: State, folder: P
     """Whether the reviser may revise: on annotated prompts that it has not seen, and the policy's replies to them."""
     assert cast.reviser is not None and cast.reviser_policy is not None
     step.activity("testing the reviser")
-    labels = folder / "reviser" / "labels.json"
+    labels = folder / "reviser" / LABELS_FILE
     if config.reviser_trained:
-        state.threshold = json.loads((Path(config.reviser_trained) / "labels.json").read_text())["t1"]
+        state.threshold = json.loads((Path(config.reviser_trained) / LABELS_FILE).read_text())["t1"]
     held_out = triples_of(data.held_out, config.rule, state.threshold).kept
     best = {item.id: best_of(item) for item in data.held_out}
     metrics = reviser_metrics(await test_reviser(cast, config, held_out, best))

@@ -181,6 +181,28 @@ async def test_a_stronger_model_replies_to_its_share(run: Run) -> None:
     assert {one.source for one in found} == {"own", "stronger"}
 
 
+async def test_labels_stay_those_that_were_learnt(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = await run("whole")
+
+    async def cut(*given: Any) -> Any:
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(seft, "learn_to_revise", cut)
+        with pytest.raises(Stop):
+            await run("cut")  # before anything is committed
+    after = await run("cut")
+    assert after.rows == whole.rows
+    known = [json.loads((one.folder / "reviser" / "labels.json").read_text())["t1"] for one in (whole, after)]
+    assert known == [whole.reviser_data["t1"]] * 2 and known[0] is not None
+
+
+def test_a_folder_that_is_no_reviser_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["world=sorting", f"runs_dir={tmp_path}", f"reviser_trained={tmp_path}"]
+    assert main(["plan", "seft", *given]) == 2
+    assert f"reviser_trained: got '{tmp_path}', which has no labels.json" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
