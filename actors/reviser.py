@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from actors.actor import Actor
 from actors.in_turn import InTurn
+from actors.policy.chat import spoken
 from protocols.errors import BadInput
 from protocols.losses import SFTLoss
 from protocols.messages import ChatMessage, Prompt
@@ -170,7 +171,7 @@ class ReviserActor(Actor, ReviserService):
             self._behind = False
             try:
                 await self._policy.publish(Empty())
-            except BaseException:  # be it that the caller leaves
+            except BaseException:  # raised again: whoever leaves here leaves samplers behind
                 self._behind = True
                 raise
 
@@ -259,13 +260,6 @@ def question(config: ReviserConfig, one: ReviseItem | ReviserExample) -> str:
     names = [config.names[label] for label in LABELS]
     places = {"labels": f"{names[0]}, {names[1]} or {names[2]}", "no": names[0]}
     return config.asks.format(prompt=spoken(one.messages), reply=one.reply, **places)
-
-
-def spoken(messages: Sequence[ChatMessage]) -> str:
-    """A conversation as text: what the user said, or each turn under its speaker's name."""
-    if len(messages) == 1:
-        return messages[0].content
-    return "\n\n".join(f"{turn.role.capitalize()}: {turn.content}" for turn in messages)
 
 
 def digest(config: ReviserConfig) -> str:

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actors.actor import Actor
-from actors.reviser import spoken
+from actors.policy.chat import spoken
 from actors.rules import parse_answer, rule_score
 from actors.votes import majority, parse_vote
 from protocols.errors import BadInput

@@ -2,10 +2,11 @@
 
 Each arm is one `launch.py seft` run per seed, a world per seed; arms of a seed have the same first policy, annotated
 prompts and, where they revise, the same reviser. Runs that are there already are not repeated. Prints a Markdown
-table of quality / share exactly right on the test prompts, and writes the values to <part>.json.
+table of quality and share exactly right on the test prompts, and writes the values to <part>.json.
 
-claims SEFT beside its baselines with 120 annotated prompts scarce SEFT beside fine-tuning on the best annotated
-replies with 60 and 300 annotated prompts ideas ways beyond the plain loop
+claims   SEFT beside its baselines with 120 annotated prompts
+scarce   SEFT beside fine-tuning on the best annotated replies with 60 and 300 annotated prompts
+ideas    ways beyond the plain loop
 """
 
 import argparse

@@ -29,7 +29,6 @@ from methods.seft_eval import (
     on_damages,
     refusal,
     reviser_metrics,
-    test_policy,
     test_reviser,
     worth_of,
 )
@@ -38,8 +37,10 @@ from methods.seft_report import known, round_metrics, summary, write_replies
 from methods.seft_rounds import Cast, PseudoLabel, collected
 from methods.seft_train import (
     TERM,
+    Lesson,
     example_of,
-    from_annotation,
+    from_best,
+    from_pairs,
     from_round,
     loss_of,
     preferences_of,
@@ -86,6 +87,7 @@ async def run(cluster: Cluster, config: Config) -> None:
     data = await fitting(data, cast.policy, cast.context)
     state, folder = State(), cluster.directory.path
     triples: list[Triple] = []
+    pairs: list[Lesson] = []
     rows: list[list[TrainRow]] = []
     mixed: list[list[TrainRow]] = []
 
@@ -95,7 +97,8 @@ async def run(cluster: Cluster, config: Config) -> None:
             triples = triples or await stage_a(cast, config, data, state, folder)
             step.log(await learn_to_revise(cast, config, triples, step))
         elif turn == 0 and step.index > 0:
-            step.log(await learn_rewards(cast, config, data, step))
+            pairs = pairs or pairs_of(data)
+            step.log(await learn_rewards(cast, config, pairs, step))
         elif turn > 0:
             if place == 0 or not rows:
                 rows = await lessons_of(cast, config, data, turn, folder, step)
@@ -104,9 +107,9 @@ async def run(cluster: Cluster, config: Config) -> None:
 
         if step.index == config.first_phase or (place == config.round_steps - 1 and turn > 0):
             await cast.policy.publish(Empty())
-            await judge_round(cast, config, data, state, turn, folder, step)
-        if config.revises and step.index == config.first_phase:
-            await accept(cast, config, data, state, folder, step)
+            metrics = await judge_round(cast, config, data, state, turn, folder, step)
+            if config.revises and turn == 0:
+                await accept(cast, config, data, state, metrics, folder, step)
 
     await finish(cluster, cast, config, data, state)
 
@@ -214,12 +217,17 @@ async def learn_to_revise(cast: Cast, config: Config, triples: list[Triple], ste
     return {f"reviser/{name}": value for name, value in (found | {"too_long": report.too_long}).items()}
 
 
-async def learn_rewards(cast: Cast, config: Config, data: Data, step: Step) -> dict[str, float]:
-    """One optimiser step of the reward model on the annotated pairs."""
-    assert cast.reward is not None
-    pairs = from_annotation(data.annotated, "pairs")
+def pairs_of(data: Data) -> list[Lesson]:
+    """What a reward model learns from. Raises BadInput where there is nothing."""
+    pairs = from_pairs(data.annotated)
     if not pairs:
         raise BadInput("preferences: no prompt has a reply that is worse than its best; expected pairs to learn from")
+    return pairs
+
+
+async def learn_rewards(cast: Cast, config: Config, pairs: list[Lesson], step: Step) -> dict[str, float]:
+    """One optimiser step of the reward model on the annotated pairs."""
+    assert cast.reward is not None
     chosen = dealt(pairs, step.index - 1, config.examples_per_step, derive_seed(config.seed, "examples"))
     report = await cast.reward.train(LearnRequest(pairs=preferences_of(chosen)))
     found = {"loss": report.loss, "grad_norm": report.grad_norm, "lr": report.learning_rate, **report.metrics}
@@ -240,8 +248,8 @@ async def lessons_of(
             step.samples(one.model_dump(mode="json", exclude={"messages"}) for one in found[:8])
         lessons = from_round(found, by_confidence=config.by_confidence)
     else:
-        lessons = from_annotation(data.annotated, config.algorithm)
-    rows, too_long = await rows_of(cast, config, lessons)
+        lessons = from_best(data.annotated) if config.algorithm == "sft" else from_pairs(data.annotated)
+    rows, too_long = await rows_of(cast, lessons)
     if not rows and found:
         why = ", ".join(f"{count} {reason}" for reason, count in Counter(one.problem for one in found).most_common())
         raise BadInput(
@@ -259,7 +267,7 @@ async def annotated_rows(cast: Cast, config: Config, data: Data) -> list[list[Tr
     """The best annotated replies, where a share of each step is to be such."""
     if not config.annotated_share:
         return []
-    rows, too_long = await rows_of(cast, config, from_annotation(data.annotated, "sft"))
+    rows, too_long = await rows_of(cast, from_best(data.annotated))
     if not rows:
         raise BadInput(f"annotated_share: no annotated reply is left, {too_long} exceed the policy's context")
     return rows
@@ -282,8 +290,10 @@ async def learn_policy(
     return {f"train/{name}": value for name, value in found.items()}
 
 
-async def accept(cast: Cast, config: Config, data: Data, state: State, folder: Path, step: Step) -> None:
-    """Whether the reviser may revise: on annotated prompts that it has not seen, and the policy's replies to them."""
+async def accept(
+    cast: Cast, config: Config, data: Data, state: State, first: dict[str, float], folder: Path, step: Step
+) -> None:
+    """Whether the reviser may revise, by annotated prompts that it has not seen; `first`: the first policy's test."""
     assert cast.reviser is not None and cast.reviser_policy is not None
     step.activity("testing the reviser")
     labels = folder / "reviser" / LABELS_FILE
@@ -292,7 +302,7 @@ async def accept(cast: Cast, config: Config, data: Data, state: State, folder: P
     held_out = triples_of(data.held_out, config.rule, state.threshold).kept
     best = {item.id: best_of(item) for item in data.held_out}
     metrics = reviser_metrics(await test_reviser(cast, config, held_out, best))
-    metrics["no_precision"] = step.metrics.get("dev/no_precision", math.nan)
+    metrics["no_precision"] = first.get("no_precision", math.nan)
     metrics = {f"reviser/{name}": value for name, value in metrics.items()}
     step.log(metrics)
     await write(cast.reviser_policy, folder / "reviser" / "model")
@@ -305,10 +315,10 @@ async def accept(cast: Cast, config: Config, data: Data, state: State, folder: P
 
 async def judge_round(
     cast: Cast, config: Config, data: Data, state: State, turn: int, folder: Path, step: Step
-) -> None:
+) -> dict[str, float]:
     """Test the policy, keep the best round's weights, and end the rounds when they gain nothing more."""
     step.activity("testing the policy")
-    metrics = await test_policy(cast, config, data.dev)
+    metrics = await worth_of(cast, config, data.dev, await most_likely(cast, config, data.dev))
     step.log({f"dev/{name}": value for name, value in metrics.items()})
     if math.isnan(metrics["score"]):
         raise BadInput("dev/score: it is not a number, so rounds cannot be told apart; see reward and preferences")
@@ -323,6 +333,7 @@ async def judge_round(
     step.log({"dev/alarm": float(reason.startswith("drift"))})
     if reason and config.drift.enforce:
         step.stop(reason)
+    return metrics
 
 
 async def write(policy: PolicyService, folder: Path, *, training_state: bool = False) -> None:

@@ -230,6 +230,11 @@ class Config(MethodConfig):
         """What the world is drawn from."""
         return self.seed if self.world_seed is None else self.world_seed
 
+    @property
+    def greedy(self) -> SamplingParams:
+        """How texts are written where nothing is to be drawn: revisions, and replies to tests."""
+        return self.sampling.model_copy(update={"temperature": 0.0, "top_p": 1.0})
+
     def round_of(self, step: int) -> tuple[int, int]:
         """The round that a step is of, counted from 1, and its place there from 0; round 0 comes before them."""
         if step <= self.first_phase:

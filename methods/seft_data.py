@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from cluster.seeds import derive_seed
-from methods.chat_data import Conversation, Judged, read_conversations, read_judged
+from methods.chat_data import Candidate, Conversation, Judged, read_conversations, read_judged
 from methods.seft_config import OWN, Config
 from methods.seft_triples import edit_distance
 from methods.worlds import sorting
@@ -149,10 +149,14 @@ def is_held_out(item: Judged, share: float) -> bool:
     return int(prompt_key(item.messages)[:8], 16) < share * 2**32
 
 
+def best_reply(item: Judged) -> Candidate:
+    """The reply with the highest score, or the first rank."""
+    return max(item.replies, key=lambda one: one.score if one.score is not None else -(one.rank or 1.0))
+
+
 def best_of(item: Judged) -> str:
-    """The best of its replies."""
-    best = max(item.replies, key=lambda one: one.score if one.score is not None else -(one.rank or 1.0))
-    return best.text
+    """The text of the best of its replies."""
+    return best_reply(item).text
 
 
 def closeness(config: Config, task: Task, reply: str) -> float:

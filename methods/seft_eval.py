@@ -28,24 +28,20 @@ class Replied:
     texts: list[str]
     scores: list[float]
     """NaN where there is nothing to compare with."""
-    tokens: int
 
 
 async def most_likely(cast: Cast, config: Config, tasks: Sequence[Task]) -> Replied:
     """Greedy replies, scored."""
-    params = config.sampling.model_copy(update={"temperature": 0.0, "top_p": 1.0})
     texts: list[str] = []
     ended: list[bool] = []
-    tokens = 0
     for start in range(0, len(tasks), PER_CALL):
         piece = tasks[start : start + PER_CALL]
         prompts = [Prompt(messages=one.messages, uid=one.id) for one in piece]
-        answer = await cast.policy.sample(SampleRequest(prompts=prompts, params=params))
+        answer = await cast.policy.sample(SampleRequest(prompts=prompts, params=config.greedy))
         completions = [result.completions[0] for result in answer.results]
         texts += [one.text for one in completions]
         ended += [one.finish_reason is FinishReason.STOP for one in completions]
-        tokens += sum(len(one.tokens) for one in completions)
-    return Replied(texts, await scores_of(cast, config, tasks, texts, ended), tokens)
+    return Replied(texts, await scores_of(cast, config, tasks, texts, ended))
 
 
 async def scores_of(
@@ -77,21 +73,15 @@ async def labelled(
 ) -> list[Revision]:
     """What the reviser makes of replies."""
     assert cast.reviser is not None
-    params = config.sampling.model_copy(update={"temperature": 0.0, "top_p": 1.0})
     found: list[Revision] = []
     for start in range(0, len(tasks), PER_CALL):
         items = [
             ReviseItem(uid=task.id, messages=task.messages, reply=text)
             for task, text in zip(tasks[start : start + PER_CALL], texts[start : start + PER_CALL], strict=True)
         ]
-        request = ReviseRequest(items=items, params=params, labels_only=not write)
+        request = ReviseRequest(items=items, params=config.greedy, labels_only=not write)
         found += (await cast.reviser.revise(request)).revisions
     return found
-
-
-async def test_policy(cast: Cast, config: Config, tasks: Sequence[Task]) -> dict[str, float]:
-    """What the policy's most likely replies are worth."""
-    return await worth_of(cast, config, tasks, await most_likely(cast, config, tasks))
 
 
 async def compared(

@@ -246,8 +246,7 @@ async def asked(
 ) -> list[Revision]:
     """What the reviser says of replies; it writes its most likely text."""
     items = [ReviseItem(uid=one.uid, messages=one.messages, reply=one.reply) for one in rows]
-    params = config.sampling.model_copy(update={"temperature": 0.0, "top_p": 1.0})
-    answer = await reviser.revise(ReviseRequest(items=items, params=params, labels_only=labels_only))
+    answer = await reviser.revise(ReviseRequest(items=items, params=config.greedy, labels_only=labels_only))
     return answer.revisions
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from methods.chat_data import Conversation, Judged
 from methods.seft_config import Config
-from methods.seft_data import best_of
+from methods.seft_data import best_of, best_reply
 from methods.seft_rounds import Cast, PseudoLabel, sampled
 from methods.seft_triples import Triple, Triples, balanced, edit_distance, triples_of
 from protocols.errors import BadInput
@@ -41,17 +41,19 @@ def loss_of(config: Config) -> LossSpec:
     return config.orpo if config.algorithm == "orpo" else SFTLoss()
 
 
-def from_annotation(items: Sequence[Judged], algorithm: str) -> list[Lesson]:
-    """The best reply to each prompt, for `sft`; otherwise the best against each that is worse. Where the best is
-    empty there is nothing to learn."""
-    items = [item for item in items if best_of(item).strip()]
-    if algorithm == "sft":
-        return [Lesson(item.id, item.messages, best_of(item)) for item in items]
+def from_best(items: Sequence[Judged]) -> list[Lesson]:
+    """The best reply to each prompt, where it is not empty."""
+    return [Lesson(item.id, item.messages, best_of(item)) for item in items if best_of(item).strip()]
+
+
+def from_pairs(items: Sequence[Judged]) -> list[Lesson]:
+    """The best reply to each prompt against each that is worse, where it is not empty."""
     lessons = []
     for item in items:
-        best = max(item.replies, key=lambda one: one.score if one.score is not None else -(one.rank or 1.0))
+        best = best_reply(item)
         for i, one in enumerate(item.replies):
-            if (one.score, one.rank) != (best.score, best.rank) and one.text != best.text:
+            worse = (one.score, one.rank) != (best.score, best.rank) and one.text != best.text
+            if worse and best.text.strip():
                 lessons.append(Lesson(f"{item.id}/{i}", item.messages, best.text, one.text))
     return lessons
 
@@ -78,7 +80,7 @@ def preferences_of(lessons: Sequence[Lesson]) -> list[Preference]:
     ]
 
 
-async def rows_of(cast: Cast, config: Config, lessons: Sequence[Lesson]) -> tuple[list[list[TrainRow]], int]:
+async def rows_of(cast: Cast, lessons: Sequence[Lesson]) -> tuple[list[list[TrainRow]], int]:
     """The rows of each lesson, one or two, and how many lessons exceed the context and are left out, never cut."""
     found: list[list[TrainRow]] = []
     for start in range(0, len(lessons), ROWS_PER_CALL):

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from protocols.errors import BadInput
-from protocols.messages import Prompt
+from protocols.messages import ChatMessage, Prompt
 
 
 def encode(prompt: Prompt, tokenizer: Any, *, continues: bool = False) -> NDArray[np.int32]:
@@ -32,6 +32,13 @@ def encode(prompt: Prompt, tokenizer: Any, *, continues: bool = False) -> NDArra
     if not array.size:
         raise BadInput(f"prompt {prompt.uid!r}: expected at least one token, got none")
     return array
+
+
+def spoken(messages: Sequence[ChatMessage]) -> str:
+    """A conversation as text: what the user said, or each turn under its speaker's name."""
+    if len(messages) == 1:
+        return messages[0].content
+    return "\n\n".join(f"{turn.role.capitalize()}: {turn.content}" for turn in messages)
 
 
 def ends_of(tokens: NDArray[np.int32], tokenizer: Any) -> NDArray[np.int32]:

@@ -17,19 +17,15 @@ from cluster.cluster import Cluster
 from cluster.seeds import derive_seed
 from methods.chat_data import Candidate, Judged
 from methods.worlds.bases import base_of
-from methods.worlds.tiny import END, TURN, tokens_of, write_tiny
-from protocols.losses import SFTLoss
+from methods.worlds.teaching import lesson, teach
+from methods.worlds.tiny import write_tiny
 from protocols.messages import ChatMessage
-from protocols.model import TrainerConfig
 from protocols.policy import PolicyConfig
-from protocols.service import CheckpointRequest, Message
-from protocols.tensor import Tensor
-from protocols.training import ForwardBackwardRequest, OptimStepRequest, TrainRow
+from protocols.service import Message
 
 DIGITS = "0123456789"
 ANSWER, REVISE = "[ANSWER]", "[REVISE]"
-QUESTION = f"{{prompt}} {ANSWER} {{reply}} {REVISE}"
-"""What a reviser is asked here."""
+"""What stands between the parts of a reviser's question (presets/seft-sorting.yaml)."""
 VOCABULARY = [*DIGITS, "[no]", "[minor]", "[major]", ANSWER, REVISE]
 LENGTH = 6
 DAMAGES = (0, 1, 2, 4)
@@ -98,30 +94,12 @@ async def sorting_base(company: Cluster, policy: PolicyConfig, items: Sequence[J
 
 
 async def _train(company: Cluster, policy: PolicyConfig, items: Sequence[Judged], seed: int, staging: Path) -> None:
-    skeleton = staging / "skeleton"
-    write_tiny(skeleton, VOCABULARY, width=WIDTH, masked=False, spread=SPREAD, layers=LAYERS)
-    trainer = TrainerConfig(
-        learning_rate=LEARNING_RATE, betas=(0.9, 0.95), schedule="linear", warmup_steps=20, total_steps=STEPS
-    )
-    update = {"model": str(skeleton), "init": "random", "seed": seed, "trainer": trainer, "lora": None, "at": None}
-    base = await company.policy(policy.model_copy(update=update), name="base")
+    write_tiny(staging / "skeleton", VOCABULARY, width=WIDTH, masked=False, spread=SPREAD, layers=LAYERS)
     lessons = [(item.id, reply.text) for item in items for reply in item.replies]
     rng = np.random.default_rng(derive_seed(seed, "sorting"))
-    with company.progress(f"policy that learns all answers, {STEPS} optimiser steps", STEPS, ("loss",)) as progress:
-        for step in range(1, STEPS + 1):
-            rows = [lesson(*lessons[i]) for i in rng.integers(len(lessons), size=ROWS)]
-            report = await base.forward_backward(ForwardBackwardRequest(rows=rows, losses={"sft": SFTLoss()}))
-            await base.optim_step(OptimStepRequest())
-            if step % 100 == 0:
-                progress.step(step, {"loss": report.loss}, {})
-    await base.save(CheckpointRequest(path=str(staging / "model"), training_state=False))
-    await company.stop("base")
-
-
-def lesson(prompt: str, reply: str) -> TrainRow:
-    """A training row whose loss is on the reply."""
-    place = {token: i for i, token in enumerate(tokens_of(VOCABULARY))}
-    asked, told = [*prompt.split(), TURN], [*reply.split(), END]
-    weights = np.concatenate([np.zeros(len(asked)), np.ones(len(told))])
-    tokens = np.array([place[token] for token in [*asked, *told]], np.int32)
-    return TrainRow(row_id=prompt, tokens=Tensor(tokens), terms={"sft": Tensor(weights, "float32")})
+    batches = (
+        [lesson(VOCABULARY, *lessons[i], name=f"{i}") for i in rng.integers(len(lessons), size=ROWS)]
+        for _ in range(STEPS)
+    )
+    title = "policy that learns all answers"
+    await teach(company, policy, staging, "base", title, batches, steps=STEPS, rate=LEARNING_RATE, seed=seed)

@@ -14,13 +14,10 @@ import numpy as np
 from cluster.cluster import Cluster
 from cluster.seeds import derive_seed
 from methods.worlds.bases import base_of
-from methods.worlds.tiny import END, TURN, tokens_of, write_tiny
-from protocols.losses import SFTLoss
-from protocols.model import TrainerConfig
+from methods.worlds.teaching import lesson, teach
+from methods.worlds.tiny import write_tiny
 from protocols.policy import PolicyConfig
-from protocols.service import CheckpointRequest
-from protocols.tensor import Tensor
-from protocols.training import ForwardBackwardRequest, OptimStepRequest, TrainRow
+from protocols.training import TrainRow
 
 DIGITS = "0123456789"
 WORDS = {
@@ -63,15 +60,11 @@ def answer(trade: str, digits: list[int]) -> str:
 
 def lessons(rng: np.random.Generator, own: str, count: int) -> list[TrainRow]:
     """Queries with right answers where the trade is a policy's own, and digits drawn at random elsewhere."""
-    place = {token: i for i, token in enumerate(tokens_of(VOCABULARY))}
     rows = []
     for i, asked in enumerate(draw(rng, count)):
         drawn = " ".join(str(digit) for digit in rng.integers(10, size=LENGTH))
         said = asked.reference if asked.trade == own else drawn
-        prompt, reply = [*asked.query.split(), TURN], [*said.split(), END]
-        weights = np.concatenate([np.zeros(len(prompt)), np.ones(len(reply))])
-        tokens = np.array([place[token] for token in [*prompt, *reply]], np.int32)
-        rows.append(TrainRow(row_id=f"{own} {i}", tokens=Tensor(tokens), terms={"sft": Tensor(weights, "float32")}))
+        rows.append(lesson(VOCABULARY, asked.query, said, name=f"{own} {i}"))
     return rows
 
 
@@ -86,20 +79,8 @@ async def trade_policies(company: Cluster, policy: PolicyConfig, seed: int) -> d
 
 
 async def _train(company: Cluster, policy: PolicyConfig, trade: str, seed: int, staging: Path) -> None:
-    skeleton = staging / "skeleton"
-    write_tiny(skeleton, VOCABULARY, width=WIDTH, masked=False, spread=SPREAD)
-    trainer = TrainerConfig(
-        learning_rate=2e-3, betas=(0.9, 0.95), schedule="linear", warmup_steps=20, total_steps=STEPS
-    )
-    update = {"model": str(skeleton), "init": "random", "seed": seed, "trainer": trainer, "lora": None, "at": None}
-    base = await company.policy(policy.model_copy(update=update), name=f"base-{trade}")
+    write_tiny(staging / "skeleton", VOCABULARY, width=WIDTH, masked=False, spread=SPREAD)
     rng = np.random.default_rng(derive_seed(seed, "trade", trade))
-    with company.progress(f"policy of the trade {trade}, {STEPS} optimiser steps", STEPS, ("loss",)) as progress:
-        for step in range(1, STEPS + 1):
-            rows = lessons(rng, trade, ROWS)
-            report = await base.forward_backward(ForwardBackwardRequest(rows=rows, losses={"sft": SFTLoss()}))
-            await base.optim_step(OptimStepRequest())
-            if step % 100 == 0:
-                progress.step(step, {"loss": report.loss}, {})
-    await base.save(CheckpointRequest(path=str(staging / "model"), training_state=False))
-    await company.stop(f"base-{trade}")
+    batches = (lessons(rng, trade, ROWS) for _ in range(STEPS))
+    title = f"policy of the trade {trade}"
+    await teach(company, policy, staging, f"base-{trade}", title, batches, steps=STEPS, rate=2e-3, seed=seed)
