@@ -87,7 +87,8 @@ def summary(
     last = {name: value for row in rows for name, value in row.items() if value is not None}
     for name in ("accuracy", "macro_f1", "harm", "gain_minor", "gain_major", "copies", "no_precision"):
         if (value := last.get(f"reviser/{name}")) is not None:
-            lines.append(SummaryRow(name=f"reviser/{name}", after=value, note="held-out annotated prompts"))
+            note = "development prompts" if name == "no_precision" else "held-out annotated prompts"
+            lines.append(SummaryRow(name=f"reviser/{name}", after=value, note=note))
     lines += damages(found["reviser"])
     notes = [finished] if finished else []
     notes.append(f"The best round is {best}, by {len(data.dev)} development prompts; 0 is the first policy.")
