@@ -70,6 +70,7 @@ IDEAS = {
     "reviser learns from the policy's own replies": Arm(EXTERNAL, ["own_replies=4"]),
     "weighted by confidence": Arm([*EXTERNAL, "by_confidence=true"], []),
     "choice between reply and revision": Arm([*EXTERNAL, "choose=true"], []),
+    "a quarter of each step is best annotated replies": Arm([*EXTERNAL, "annotated_share=0.25"], []),
 }
 
 

@@ -1,8 +1,11 @@
 """What makes each actor, where it is to live: imports that only that process needs are made there."""
 
+from collections.abc import Sequence
+
 from actors.actor import Actor
 from protocols.policy import PolicyConfig, PolicyService
 from protocols.questioner import QuestionerConfig
+from protocols.retriever import RetrieverConfig, RetrieverService
 from protocols.reviser import ReviserConfig
 from protocols.reward_model import RewardModelConfig
 from protocols.router import RouterConfig
@@ -69,3 +72,23 @@ def router(config: RouterConfig) -> Actor:
     from actors.router.router import RouterActor
 
     return RouterActor(config)
+
+
+def retriever(config: RetrieverConfig) -> Actor:
+    """A retriever with its index in its own process."""
+    from actors.retriever.retriever import RetrieverActor
+
+    return RetrieverActor(config)
+
+
+def retriever_shard(config: RetrieverConfig, index: int) -> Actor:
+    """One of several retrievers that have a part of the documents each."""
+    path = f"{config.path}/shard-{index}" if config.path else ""
+    return retriever(config.model_copy(update={"shards": 1, "path": path}))
+
+
+def sharded_retriever(config: RetrieverConfig, shards: Sequence[RetrieverService]) -> Actor:
+    """A retriever over others, each of which has a part of the documents."""
+    from actors.retriever.sharded import ShardedRetrieverActor
+
+    return ShardedRetrieverActor(config, shards)

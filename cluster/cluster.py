@@ -3,7 +3,6 @@
 import asyncio
 import json
 import os
-import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing
 from functools import partial
@@ -16,7 +15,7 @@ from cluster.bundles import bundles_for
 from cluster.config import MethodConfig
 from cluster.configure import may_change
 from cluster.gateway.config import GatewayConfig
-from cluster.gateway.running import GATEWAY_FILE, logged
+from cluster.gateway.running import logged, noted
 from cluster.inline import InlineTransport
 from cluster.overlap import CarriesCursor, Cursor, Rollouts, overlapped
 from cluster.progress import Progress
@@ -30,12 +29,13 @@ from protocols.handle import Transport, call_times, make_handle
 from protocols.placement import Resources
 from protocols.policy import PolicyConfig, PolicyService
 from protocols.questioner import QuestionerConfig, QuestionerService
+from protocols.retriever import RetrieverConfig, RetrieverService
 from protocols.reviser import ReviserConfig, ReviserService
 from protocols.reward_model import RewardModelConfig, RewardModelService
 from protocols.router import RouterConfig, RouterService
 from protocols.service import CheckpointRequest, Service
 from protocols.verifier import VerifierConfig, VerifierService
-from protocols.workers import Rank, SamplerService, TrainerService
+from protocols.workers import Rank, RetrieverShardService, SamplerService, TrainerService
 
 if TYPE_CHECKING:
     from cluster.gateway.gateway import Gateway
@@ -246,6 +246,19 @@ class Cluster:
         build = partial(builders.router, config)
         return await self._spawn(RouterService, name, build, config.resources, commit=config.trainer is not None)
 
+    async def retriever(self, config: RetrieverConfig, *, name: str = "retriever") -> RetrieverService:
+        """A retriever. One whose index has no folder of its own is part of every commit."""
+        commit = not config.path and config.kind != "pattern"
+        build, own = partial(builders.retriever, config), config.resources
+        if config.shards > 1:
+            shards = []
+            for i in range(config.shards):
+                part = partial(builders.retriever_shard, config, i)
+                shards.append(await self._spawn(RetrieverShardService, f"{name}-shard-{i}", part, own, commit=False))
+            # It only hands calls on, so it takes no core.
+            build, own = partial(builders.sharded_retriever, config, shards), Resources()
+        return await self._spawn(RetrieverService, name, build, own, commit=commit)
+
     async def _spawn(
         self,
         service: type[S],
@@ -335,21 +348,12 @@ class Cluster:
 
     async def attach(self, run: str) -> None:
         """Reach the actors of another run in this Ray cluster, which owns them. Raises BadInput when it has none."""
-        from cluster.ray_transport import find
-        from protocols.codegen import services
+        from cluster.attached import attached
 
         if not os.environ.get("RAY_ADDRESS"):
             raise BadInput("attach: set RAY_ADDRESS to the Ray cluster of the run")
         self._connect()
-        published = {service.__name__: service for service in services()}
-        behind: dict[tuple[str, str], list[Transport]] = {}
-        for transport, part in await find(run, self.config.deadline_s):
-            behind.setdefault((part.handle, part.service), []).append(transport)
-        for (name, service), transports in behind.items():
-            # Samplers and ranks are the business of their policy.
-            if service in published:
-                reached = transports[0] if len(transports) == 1 else Replicas(name, transports)
-                self._handles[name] = make_handle(published[service], reached, self.config.deadline_s)
+        self._handles |= await attached(run, self.config.deadline_s)
 
     async def serve_until_stopped(self, announce: Callable[[str], None]) -> None:
         """Keep the actors up for callers of the gateway; give its address away first."""
@@ -364,11 +368,7 @@ class Cluster:
         if self._gateway is None:
             return
         self._gateway.admission.checkpoints = self.directory.path / "remote"
-        file = self.directory.path / GATEWAY_FILE
-        noted = {"pid": os.getpid(), "host": socket.gethostname(), "address": self._gateway.address}
-        noted["http"] = self._gateway.base_url
-        write_atomically(file, json.dumps(noted))
-        self._open.callback(file.unlink, missing_ok=True)
+        self._open.enter_context(noted(self.directory.path, self._gateway.address, self._gateway.base_url))
         self._open.enter_context(logged(self.directory.path / "gateway.log"))
 
     async def steps(self, state: LoopState, *, first: int = 1) -> AsyncIterator[Step]:

@@ -14,12 +14,13 @@ from cluster.gateway.running import SERVING
 from protocols.model import ModelConfig
 from protocols.policy import PolicyConfig
 from protocols.questioner import QuestionerConfig
+from protocols.retriever import RetrieverConfig
 from protocols.reviser import ReviserConfig
 from protocols.reward_model import RewardModelConfig
 from protocols.router import RouterConfig
 from protocols.verifier import VerifierConfig
 
-TAKEN = {AUTO, "policy", "questioner", "reviser", "reward_model", "router", "verifier"}
+TAKEN = {AUTO, "policy", "questioner", "retriever", "reviser", "reward_model", "router", "verifier"}
 """Names that no policy of the pool may have."""
 
 
@@ -45,6 +46,7 @@ class Config(MethodConfig):
             "reward_model",
             "pool",
             "router",
+            "retriever",
         }
     )
     SHORTCUTS: ClassVar[dict[str, str]] = {"model": "policy.model", "address": "gateway.address"}
@@ -68,6 +70,8 @@ class Config(MethodConfig):
     router: RouterConfig | None = None
     """A router among the pool: router.trained=RUN/router. It does not learn unless it is given a trainer. Callers of
     the model `auto` are sent on by it."""
+    retriever: RetrieverConfig | None = None
+    """A retriever, e.g. retriever.kind=pattern, or retriever.path=DIR for an index that stays; null: none."""
     gateway: ServedGateway = ServedGateway()
     """Where and how callers reach them."""
 
@@ -127,6 +131,8 @@ async def run(cluster: Cluster, config: Config) -> None:
             await cluster.policy(member, name=name)
         if config.router is not None:
             await cluster.router(config.router)
+        if config.retriever is not None:
+            await cluster.retriever(config.retriever)
         if config.reward_model is not None:
             await cluster.reward_model(config.reward_model)
     await cluster.serve_until_stopped(lambda where: print(f"{SERVING}{where}; Ctrl-C stops", file=sys.stderr))

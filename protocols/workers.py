@@ -1,4 +1,4 @@
-"""Workers of policies and reward models. These services stay inside of a cluster: weights never cross gRPC."""
+"""Workers of other actors. These services stay inside of a cluster: weights never cross gRPC."""
 
 from abc import abstractmethod
 from typing import ClassVar
@@ -6,6 +6,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from protocols.policy import PolicyService, ScoreRequest, ScoreResponse
+from protocols.retriever import RetrieverService
 from protocols.service import CheckpointRequest, CheckpointResponse, Empty, Message, Service, rpc
 from protocols.tensor import DType, PerToken, Tensor, TokenIds
 from protocols.training import (
@@ -161,3 +162,7 @@ class TrainerService(Service):
     @abstractmethod
     async def save(self, request: CheckpointRequest) -> CheckpointResponse:
         """Write model and training state; any number of ranks can load them."""
+
+
+class RetrieverShardService(RetrieverService):
+    """A retriever that has a part of another one's documents, and is not for callers."""

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.run_directory import held
+from cluster.run_directory import held, write_atomically
 from protocols.errors import BadInput, DeadlineExceeded
 
 GATEWAY_FILE = "gateway.json"
@@ -48,6 +48,18 @@ def logged(file: Path) -> Iterator[None]:
         logger.propagate = True
         logger.removeHandler(handler)
         handler.close()
+
+
+@contextlib.contextmanager
+def noted(folder: Path, address: str, http: str) -> Iterator[None]:
+    """Leave in a run's folder where its gateway is while it is up."""
+    file = folder / GATEWAY_FILE
+    here = {"pid": os.getpid(), "host": socket.gethostname()}
+    write_atomically(file, json.dumps({**here, "address": address, "http": http}))
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
 
 
 def running(runs_dir: Path) -> list[Running]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from cluster.cluster import Cluster
-from methods.worlds.tiny import END, TURN, tokens_of
+from methods.worlds.tiny import END, PAD, TURN, tokens_of
 from protocols.losses import SFTLoss
 from protocols.model import TrainerConfig
 from protocols.policy import PolicyConfig
@@ -16,11 +16,11 @@ from protocols.training import ForwardBackwardRequest, OptimStepRequest, TrainRo
 
 
 def lesson(words: Sequence[str], prompt: str, reply: str, *, name: str) -> TrainRow:
-    """A row of a world's words whose loss is on the reply and its end."""
+    """A row of a world's words whose loss is on the reply and its end; other words are as its tokenizer has them."""
     place = {token: i for i, token in enumerate(tokens_of(words))}
     asked, told = [*prompt.split(), TURN], [*reply.split(), END]
     weights = np.concatenate([np.zeros(len(asked)), np.ones(len(told))])
-    tokens = np.array([place[token] for token in [*asked, *told]], np.int32)
+    tokens = np.array([place.get(token, place[PAD]) for token in [*asked, *told]], np.int32)
     return TrainRow(row_id=name, tokens=Tensor(tokens), terms={"sft": Tensor(weights, "float32")})
 
 
@@ -35,12 +35,17 @@ async def teach(
     steps: int,
     rate: float,
     seed: int,
+    model: str = "",
 ) -> None:
-    """Train a policy from STAGING/skeleton on `steps` batches and leave it as STAGING/model."""
+    """Train a policy on `steps` batches and leave it as STAGING/model.
+
+    It begins as `model`, or without one with random weights from STAGING/skeleton.
+    """
     trainer = TrainerConfig(
         learning_rate=rate, betas=(0.9, 0.95), schedule="linear", warmup_steps=20, total_steps=steps
     )
-    update = {"model": str(staging / "skeleton"), "init": "random", "seed": seed, "trainer": trainer}
+    begins = {"model": model} if model else {"model": str(staging / "skeleton"), "init": "random"}
+    update = {**begins, "seed": seed, "trainer": trainer}
     base = await company.policy(policy.model_copy(update=update | {"lora": None, "at": None}), name=name)
     with company.progress(f"{title}, {steps} optimiser steps", steps, ("loss",)) as progress:
         for step, rows in enumerate(batches, start=1):

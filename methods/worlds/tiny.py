@@ -15,7 +15,14 @@ def tokens_of(words: Sequence[str]) -> list[str]:
 
 
 def write_tiny(
-    folder: Path, words: Sequence[str], *, width: int, masked: bool, spread: float, layers: int = 2
+    folder: Path,
+    words: Sequence[str],
+    *,
+    width: int,
+    masked: bool,
+    spread: float,
+    layers: int = 2,
+    context: int = 128,
 ) -> None:
     """Write configuration and tokenizer: a few layers, a token per word, words apart by blanks.
 
@@ -35,7 +42,7 @@ def write_tiny(
         "intermediate_size": 4 * width,
         "num_hidden_layers": layers,
         "num_attention_heads": 4,
-        "max_position_embeddings": 128,
+        "max_position_embeddings": context,
         "initializer_range": spread,
         "pad_token_id": tokens.index(PAD),
         "eos_token_id": tokens.index(END),

@@ -16,6 +16,7 @@ PUBLIC = {
     "protocols/model.py": None,
     "protocols/policy.py": ["PolicyService"],
     "protocols/questioner.py": ["QuestionerService"],
+    "protocols/retriever.py": ["RetrieverService"],
     "protocols/reviser.py": ["ReviserService"],
     "protocols/reward_model.py": ["RewardModelService"],
     "protocols/router.py": ["RouterService"],

@@ -32,6 +32,16 @@ from protocols.policy import (
 from protocols.questioner import HistoryRequest, ProposeRequest, QuestionerConfig, QuestionerService, RememberRequest
 from protocols.questions import Cluster as Documents
 from protocols.questions import Proposal, ProposalStatus, Question, Task
+from protocols.retriever import (
+    Document,
+    IndexRequest,
+    Pattern,
+    PatternSet,
+    RetrieverConfig,
+    RetrieverService,
+    SearchRequest,
+    SnippetsRequest,
+)
 from protocols.reviser import (
     Label,
     ReviseItem,
@@ -99,7 +109,22 @@ REVISE = ReviseRequest(
 )
 EXAMPLE = ReviserExample(uid="e", messages=REVISE.items[0].messages, reply="12", label="minor", target=WORDS)
 COMPARE = CompareRequest(items=[ComparedItem(uid="u", messages=REVISE.items[0].messages, one="12", other=WORDS)])
-SERVICES = (PolicyService, VerifierService, QuestionerService, ReviserService, RewardModelService, RouterService)
+NOTE = Document(id="note", text="PLAN: no café smoker. COPD\n😀 copd", metadata={"kind": "note"})
+LETTER = Document(id="letter", text="Dear Ada, the kettle is on.")
+LUNGS = PatternSet(
+    id="lungs", include=[Pattern(expression=r"\bcopd\b"), Pattern(expression="CAFÉ", case_sensitive=True)]
+)
+SNIPPETS = SnippetsRequest(documents=[NOTE, LETTER], sets=[LUNGS])
+NO_PATTERN = PatternSet(id="none", include=[Pattern(expression="a*")])
+SERVICES = (
+    PolicyService,
+    VerifierService,
+    QuestionerService,
+    ReviserService,
+    RewardModelService,
+    RouterService,
+    RetrieverService,
+)
 # In order: later calls see what earlier ones changed.
 CALLS: list[tuple[type[Service], str, Message]] = [
     *((service, "health", HealthRequest()) for service in SERVICES),
@@ -134,6 +159,10 @@ CALLS: list[tuple[type[Service], str, Message]] = [
     (RouterService, "route", ROUTE),
     (RouterService, "train", RouteTrainRequest(rows=[ROUTED])),
     (RouterService, "evaluate", RouteEvaluateRequest(rows=[ROUTED], options=[RouteOptions(), ROUTE.options])),
+    (RetrieverService, "index", IndexRequest(documents=[NOTE, LETTER])),
+    (RetrieverService, "info", Empty()),
+    (RetrieverService, "search", SearchRequest(queries=["kettle (COPD", "café"], where={"kind": ["note"]})),
+    (RetrieverService, "snippets", SNIPPETS),
     *((service, "save", CheckpointRequest(path=service.kind)) for service in SERVICES),
     (RewardModelService, "train", PREFERENCES),
     *((service, "load", CheckpointRequest(path=service.kind)) for service in SERVICES),
@@ -141,6 +170,8 @@ CALLS: list[tuple[type[Service], str, Message]] = [
     (RewardModelService, "health", HealthRequest()),
     (RewardModelService, "score", REWARD),
     (RouterService, "route", ROUTE),
+    (RetrieverService, "index", IndexRequest(remove=["note", "nobody"])),
+    (RetrieverService, "search", SearchRequest(queries=["kettle COPD"])),
     # What goes wrong, too.
     (PolicyService, "sample", SampleRequest(prompts=[Prompt(tokens=[10**6])])),
     (PolicyService, "tokenize", TokenizeRequest(prompts=[Prompt(text="")])),
@@ -153,6 +184,8 @@ CALLS: list[tuple[type[Service], str, Message]] = [
     (RewardModelService, "train", LearnRequest(replies=[LabelledReply(reply=BETTER, right=True)])),
     (RouterService, "route", RouteRequest(prompts=[QUERY], options=RouteOptions(exclude=["three"]))),
     (RouterService, "train", RouteTrainRequest(rows=[ROUTED.model_copy(update={"scores": [1.0]})])),
+    (RetrieverService, "search", SearchRequest(queries=["kettle"], kind="dense")),
+    (RetrieverService, "snippets", SNIPPETS.model_copy(update={"sets": [NO_PATTERN]})),
     *((service, "drain", Empty()) for service in reversed(SERVICES)),
     (PolicyService, "sample", SAMPLE),
 ]
@@ -187,7 +220,9 @@ async def a_company(
     router = await cluster.router(
         RouterConfig.model_validate(given | {"candidates": [{"name": "one"}, {"name": "two"}]})
     )
-    return cluster, {service_of(one): one for one in (policy, verifier, questioner, reviser, reward_model, router)}
+    retriever = await cluster.retriever(RetrieverConfig())
+    company = (policy, verifier, questioner, reviser, reward_model, router, retriever)
+    return cluster, {service_of(one): one for one in company}
 
 
 @pytest.fixture
@@ -217,7 +252,7 @@ async def test_every_method_gives_the_same(companies: Any) -> None:
             failures += 1
             found = found[0], found[1].replace(str(outside.directory.path / "remote"), "BASE")
         assert found == expected, (service, method)
-    assert failures == 11
+    assert failures == 13
 
 
 async def test_a_loop_trains_a_policy_behind_a_gateway(companies: Any) -> None:

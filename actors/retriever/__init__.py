@@ -1,0 +1,1 @@
+"""Keeps documents, finds them by words or meaning, and cuts snippets around patterns."""

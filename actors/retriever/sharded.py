@@ -1,0 +1,1 @@
+"""A retriever whose documents are spread over others."""

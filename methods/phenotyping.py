@@ -1,0 +1,147 @@
+"""Zero-shot phenotyping with retrieval and MapReduce (arXiv 2312.06457): who has a disease, with citations.
+
+Patterns find snippets in all notes, a policy answers one question per snippet (map), and its answers become one
+decision per patient (reduce). No labels are needed. Little of the paper could be read: what is its own and what is
+our design is in docs/methods/phenotyping.md.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from cluster.cluster import Cluster
+from cluster.parts import each
+from cluster.run_directory import write_atomically
+from cluster.steps import LoopState, Step
+from methods.phenotyping_answers import AnswerStore, Asker, ask, make_asker
+from methods.phenotyping_config import Config, preset
+from methods.phenotyping_decide import Decided, Origin, cases_of, decided
+from methods.phenotyping_definition import Definition
+from methods.phenotyping_notes import Part, parts_of
+from methods.phenotyping_report import finish, metrics_of
+from methods.phenotyping_scan import PartCounts, Scan, bucket_name, counts_file, read_bucket, scan_part, spread
+from methods.phenotyping_source import model_digest, source_of
+from protocols.errors import BadInput
+from protocols.model import ModelConfig
+from protocols.retriever import RetrieverService, SnippetsRequest
+from protocols.service import Empty
+
+__all__ = ["HEADLINE", "Config", "policies", "preset", "run"]
+
+HEADLINE = ("patients", "asked", "tokens", "yes")
+
+
+class State(LoopState):
+    """What the past buckets came to."""
+
+    tokens: int = 0
+    """Tokens of all prompts so far."""
+
+
+async def run(cluster: Cluster, config: Config) -> None:
+    """Read all notes once, then bucket by bucket ask about the snippets and decide about the patients."""
+    retriever = await cluster.retriever(config.retriever)
+    source = await source_of(cluster, config, retriever)
+    sets = [one.pattern_set() for one in source.definitions]
+    # Patterns are checked before anything is read.
+    await retriever.snippets(SnippetsRequest(sets=sets, window=config.window))
+    parts = parts_of(source.notes, config.part_bytes)
+    policy = await cluster.policy(config.policy.model_copy(update={"model": source.model}))
+    info = await policy.info(Empty())
+    asker = await make_asker(
+        policy, config.prompt, info.context_length, config.questions_per_call, config.calls_at_once
+    )
+    folder = cluster.directory.path
+    origin = Origin(model_digest(source.model), config.prompt, folder.name)
+    scan = Scan(
+        sets=sets, window=config.window, columns=config.columns, encoding=config.encoding, folder=f"{folder}/scan"
+    )
+    state = State()
+    store: AnswerStore | None = None
+    try:
+        async for step in cluster.steps(state, first=0):
+            if step.index == 0:
+                step.log(await read_notes(config, retriever, scan, parts, step))
+                spread(folder, len(parts), config.steps, step.activity)
+                continue
+            store = store or AnswerStore(
+                Path(config.answers).expanduser() if config.answers else folder / "answers.sqlite"
+            )
+            step.log(await decide_bucket(config, source.definitions, asker, store, origin, folder, state, step))
+        summary = finish(folder, config, source, origin, cluster.metrics(), info)
+    finally:
+        if store is not None:
+            store.close()
+    cluster.summarize(summary)
+
+
+async def read_notes(
+    config: Config, retriever: RetrieverService, scan: Scan, parts: Sequence[Part], step: Step
+) -> dict[str, float]:
+    """The first pass, over the parts that have not been read yet. Raises BadInput if the input has changed since."""
+    folder = Path(scan.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    check_unchanged(folder / "input.json", parts)
+    left = [part for part in parts if not counts_file(folder, part.index).is_file()]
+    done = len(parts) - len(left)
+    work = partial(scan_part, retriever, scan)
+    async for _ in each(work, left, transport=config.transport, at_once=config.parallel):
+        done += 1
+        step.activity(f"notes: part {done} of {len(parts)}")
+    counts = [PartCounts.model_validate_json(counts_file(folder, part.index).read_text()) for part in parts]
+    return {name: float(sum(getattr(one, name) for one in counts)) for name in PartCounts.model_fields}
+
+
+def check_unchanged(file: Path, parts: Sequence[Part]) -> None:
+    """Keep what the input is, or raise BadInput if it is not what it was when the run began."""
+    files = sorted({part.file for part in parts})
+    now = {name: [os.stat(name).st_size, os.stat(name).st_mtime_ns] for name in files}
+    if file.is_file():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+        if changed:
+            raise BadInput(f"notes: {changed[0]} has changed since the run began; choose another run=")
+    else:
+        write_atomically(file, json.dumps(now))
+
+
+async def decide_bucket(
+    config: Config,
+    definitions: Sequence[Definition],
+    asker: Asker,
+    store: AnswerStore,
+    origin: Origin,
+    folder: Path,
+    state: State,
+    step: Step,
+) -> dict[str, float]:
+    """Map and reduce of one bucket of patients."""
+    patients = read_bucket(folder / "buckets" / bucket_name(step.index))
+    cases = cases_of(patients, definitions, config.evidence, origin)
+    questions = [question for case in cases for question in case.questions]
+    said = await ask(
+        asker,
+        questions,
+        store,
+        step.index,
+        lambda done, of: step.activity(f"bucket {step.index}: {done} of {of} snippets asked"),
+    )
+    found = decided(cases, said, step.index, config.reduce, origin)
+    write_decisions(folder / "decisions" / bucket_name(step.index), found)
+    state.tokens += sum(one.tokens for one in found)
+    if config.budget_tokens and state.tokens >= config.budget_tokens:
+        step.stop(f"budget_tokens: {state.tokens} tokens were read, {config.budget_tokens} were allowed")
+    return metrics_of(found, len(patients))
+
+
+def write_decisions(file: Path, found: Sequence[Decided]) -> None:
+    """A bucket's decisions, whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, "".join(one.model_dump_json() + "\n" for one in found))
+
+
+def policies(config: Config) -> dict[str, ModelConfig]:
+    """What the plan counts; the built-in world's policy is tiny."""
+    return {} if config.world else {"policy": config.policy}

@@ -1,0 +1,212 @@
+"""The reduce: a bucket of patients becomes decisions, each with the snippets that led to it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from methods.phenotyping_answers import Question, Said
+from methods.phenotyping_definition import Definition
+from methods.phenotyping_evidence import Evidence, EvidenceConfig, Group, current, evidence_of
+from methods.phenotyping_prompts import PromptConfig, key_of, messages_of
+from methods.phenotyping_reduce import Decision, ReduceConfig, decide, patient_score
+from methods.phenotyping_scan import Finding, Scanned
+from protocols.service import Message
+
+NEAR = 1e-3
+"""Scores so near to the threshold may fall to the other side on another machine."""
+DIGITS = 6
+
+
+class Place(Message):
+    """Where a copy of a snippet stands."""
+
+    note_id: str
+    start: int
+    end: int
+    date: str = ""
+
+
+class Cited(Message):
+    """One snippet that a decision rests on: `note.text[start:end] == quote`."""
+
+    note_id: str
+    """The note, the earliest that has it."""
+    start: int
+    """First character, counted in Unicode code points of the note's text."""
+    end: int
+    """Behind its last."""
+    quote: str
+    """What stands there."""
+    matches: list[tuple[int, int]]
+    """First character and the place behind the last of each match, in the note."""
+    p: float | None
+    """p(yes); unset where the snippet was too long for the policy."""
+    answer: str
+    """Yes, no or uncertain, whichever is most likely; failed without one."""
+    date: str = ""
+    """Of the note."""
+    note_type: str = ""
+    """Of the note."""
+    section: str = ""
+    """Header above the snippet."""
+    also_in: list[Place] = []
+    """Copies, in later notes or elsewhere in the same one."""
+    raw: tuple[int, int] | None = None
+    """Of a note in HTML: its place in the raw document."""
+    note_digest: str = ""
+    """Of the note's text, set where another text has the same id."""
+
+
+class Decided(Message):
+    """What was decided about one patient and phenotype."""
+
+    patient_id: str
+    phenotype_id: str
+    version: str
+    """Of the definition."""
+    definition: str
+    """Digest of the definition."""
+    decision: Decision
+    score: float
+    reducer: str
+    n_notes: int
+    """Notes of the patient, repeated and replaced ones apart."""
+    n_found: int
+    """Snippets that patterns found."""
+    n_groups: int
+    """Of these, different ones that no filter left out."""
+    n_sent: int
+    """Of these, asked about."""
+    near_threshold: bool = False
+    """Whether the score is within 0.001 of the threshold."""
+    dropped: dict[str, int] = {}
+    """Snippets that were left out, by reason."""
+    evidence: list[Cited]
+    """Oldest first."""
+    asked: int = 0
+    """Questions that were asked for this patient first; others had been asked before."""
+    tokens: int = 0
+    """Tokens of their prompts."""
+    decoded: int = 0
+    """Tokens that were sampled for them."""
+    model: str
+    """Digest of the policy."""
+    prompt: str
+    """Digest of the template."""
+    run: str
+
+
+@dataclass(frozen=True)
+class Case:
+    """One patient and phenotype, and what is asked about them."""
+
+    patient_id: str
+    definition: Definition
+    notes: int
+    doubled: set[str]
+    """Ids of notes that stand for several texts."""
+    evidence: Evidence
+    questions: list[Question]
+    """Of each group."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What every decision of a run rests on."""
+
+    model: str
+    prompt: PromptConfig
+    run: str
+
+
+def cases_of(
+    patients: Mapping[str, Sequence[Scanned]],
+    definitions: Sequence[Definition],
+    config: EvidenceConfig,
+    origin: Origin,
+) -> list[Case]:
+    """All patients of a bucket with all phenotypes, in order of ids, so that the order of notes does not matter."""
+    cases = []
+    for patient in sorted(patients):
+        notes, doubled = current(patients[patient])
+        for definition in definitions:
+            evidence = evidence_of(notes, definition, config)
+            parts = [definition.digest, origin.prompt.digest, origin.model]
+            asked = [messages_of(group, definition, origin.prompt) for group in evidence.groups]
+            questions = [Question(key_of(parts, messages), messages) for messages in asked]
+            cases.append(Case(patient, definition, len(notes), doubled, evidence, questions))
+    return cases
+
+
+def decided(
+    cases: Sequence[Case], said: Mapping[str, Said], bucket: int, reduce: ReduceConfig | None, origin: Origin
+) -> list[Decided]:
+    """Decisions in the order of the cases. A question counts for the first case of its bucket that asks it."""
+    seen: set[str] = set()
+    found = []
+    for case in cases:
+        rule = reduce or case.definition.reduce
+        answers = [said[question.key] for question in case.questions]
+        mine: list[Said] = []
+        for question, answer in zip(case.questions, answers, strict=True):
+            if question.key not in seen and answer.bucket == bucket:
+                mine.append(answer)
+            seen.add(question.key)
+        usable = [(i, one.probs[0]) for i, one in enumerate(answers) if one.probs is not None]
+        dates = [case.evidence.groups[i].day for i, _ in usable]
+        score = patient_score([p for _, p in usable], rule, dates)
+        decision = decide(score, len(case.evidence.groups), rule)
+        if case.evidence.groups and not usable:
+            decision = "failed"
+        found.append(
+            Decided(
+                patient_id=case.patient_id,
+                phenotype_id=case.definition.phenotype_id,
+                version=case.definition.version,
+                definition=case.definition.digest,
+                decision=decision,
+                score=round(score, DIGITS),
+                reducer=rule.by,
+                n_notes=case.notes,
+                n_found=case.evidence.found,
+                n_groups=len(case.evidence.groups) + case.evidence.dropped.get("beyond the cap", 0),
+                n_sent=len(case.evidence.groups),
+                near_threshold=bool(usable) and abs(score - rule.threshold) < NEAR,
+                dropped=case.evidence.dropped,
+                evidence=[cited(*pair, case.doubled) for pair in zip(case.evidence.groups, answers, strict=True)],
+                asked=len(mine),
+                tokens=sum(one.tokens for one in mine),
+                decoded=sum(one.decoded for one in mine),
+                model=origin.model,
+                prompt=origin.prompt.digest,
+                run=origin.run,
+            )
+        )
+    return found
+
+
+def cited(group: Group, said: Said, doubled: set[str]) -> Cited:
+    """A snippet with its answer."""
+    note, finding = group.note, group.finding
+    answer = "failed"
+    if said.probs is not None:
+        answer = ("yes", "no", "uncertain")[said.probs.index(max(said.probs))]
+    return Cited(
+        note_id=note.note_id,
+        start=finding.start,
+        end=finding.end,
+        quote=finding.text,
+        matches=finding.matches,
+        p=None if said.probs is None else round(said.probs[0], DIGITS),
+        answer=answer,
+        date=note.date,
+        note_type=note.note_type,
+        section=finding.section,
+        also_in=[place_of(*one) for one in group.also_in],
+        raw=finding.raw,
+        note_digest=note.digest if note.note_id in doubled else "",
+    )
+
+
+def place_of(note: Scanned, finding: Finding) -> Place:
+    """Where a copy stands."""
+    return Place(note_id=note.note_id, start=finding.start, end=finding.end, date=note.date)

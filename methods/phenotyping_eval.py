@@ -1,0 +1,186 @@
+"""Decisions against labels: every reducer, the rules and the simplest baselines side by side, per phenotype."""
+
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+
+from methods.phenotyping_decide import Cited, Decided
+from methods.phenotyping_definition import Definition
+from methods.phenotyping_measures import (
+    average_precision,
+    bootstrap_f1,
+    bootstrap_gain,
+    calibration_error,
+    counts,
+    cross_fitted,
+    mcnemar,
+)
+from methods.phenotyping_reduce import ReduceConfig, Reducer, patient_score
+from methods.phenotyping_rules import Fact, any_code, cue
+
+FORMULAS: tuple[Reducer, ...] = ("max", "count", "mean", "noisy_or", "log_odds", "recency")
+FOLDS = 5
+LONG = (3, 6)
+"""Chart lengths, in snippets that were asked about, at which patients are parted."""
+
+
+@dataclass
+class Measured:
+    """One way to decide, measured."""
+
+    name: str
+    tp: float
+    fp: float
+    fn: float
+    tn: float
+    precision: float
+    recall: float
+    f1: float
+    low: float
+    """Lower end of the 95 % bootstrap interval of F1 over patients."""
+    high: float
+    gain_low: float = math.nan
+    """Lower end of that of F1 less F1 of the baseline: the rules, or without facts any mention."""
+    gain_high: float = math.nan
+    p: float = math.nan
+    """McNemar's test against the baseline."""
+    auprc: float = math.nan
+    calibration_error: float = math.nan
+    threshold: list[float] = field(default_factory=list)
+    """Thresholds that were chosen on other patients, where they were."""
+    by_length: dict[str, float] = field(default_factory=dict)
+    """Precision and F1 of patients with few, more and many snippets."""
+
+
+@dataclass
+class Evaluation:
+    """Of one phenotype."""
+
+    phenotype_id: str
+    patients: int
+    """With a label that says yes or no."""
+    positive: int
+    unlabelled: int
+    """With a label that says nobody can tell; left out."""
+    uncertain: int
+    """Decisions that are uncertain, which count as no."""
+    no_evidence: int
+    failed: int
+    baseline: str
+    measured: list[Measured]
+
+
+def evaluate(
+    definition: Definition,
+    reduce: ReduceConfig | None,
+    decisions: Mapping[str, Decided],
+    labels: Mapping[str, bool | None],
+    facts: Mapping[str, Sequence[Fact]],
+    seed: int,
+) -> Evaluation:
+    """`decisions` and `labels` by patient, of this phenotype. A labelled patient without notes has no evidence."""
+    known = sorted(patient for patient, label in labels.items() if label is not None)
+    truth = [bool(labels[patient]) for patient in known]
+    rows = [decisions.get(patient) for patient in known]
+    cited = [row.evidence if row else [] for row in rows]
+    systems: dict[str, list[bool]] = {"any mention": [bool(row and row.n_found) for row in rows]}
+    systems["cue words"] = [any(says_so(one) for one in own) for own in cited]
+    baseline = "any mention"
+    if definition.rules is not None and facts:
+        systems["any code"] = [any_code(definition.rules, facts.get(patient, [])) for patient in known]
+        systems["rules"] = [definition.rules.holds(facts.get(patient, [])) for patient in known]
+        baseline = "rules"
+    scores: dict[str, list[float]] = {}
+    rule = reduce or definition.reduce
+    for formula in FORMULAS:
+        config = rule.model_copy(update={"by": formula})
+        own = scores[f"MapReduce, {formula}"] = [score_of(some, config) for some in cited]
+        systems[f"MapReduce, {formula}"] = [score >= rule.threshold for score in own]
+    systems["as decided"] = [row is not None and row.decision == "yes" for row in rows]
+    folds = [zlib.crc32(patient.encode("utf-8", "surrogatepass")) % FOLDS for patient in known]
+    thresholds: dict[str, list[float]] = {}
+    for name, own in list(scores.items()):
+        if name.endswith("count"):
+            continue
+        try:
+            found, chosen = cross_fitted(truth, own, folds)
+        except ValueError:
+            # Nobody in the other folds is ill.
+            continue
+        systems[f"{name}, threshold of other patients"] = found
+        thresholds[f"{name}, threshold of other patients"] = list(chosen.values())
+    lengths = [len(own) for own in cited]
+    measured = [
+        measure(name, truth, found, systems[baseline], scores.get(name), lengths, seed)
+        for name, found in systems.items()
+    ]
+    for one in measured:
+        one.threshold = thresholds.get(one.name, [])
+    decided = [row.decision if row else "no_evidence" for row in rows]
+    return Evaluation(
+        phenotype_id=definition.phenotype_id,
+        patients=len(known),
+        positive=sum(truth),
+        unlabelled=len(labels) - len(known),
+        uncertain=decided.count("uncertain"),
+        no_evidence=decided.count("no_evidence"),
+        failed=decided.count("failed"),
+        baseline=baseline,
+        measured=measured,
+    )
+
+
+def says_so(one: Cited) -> bool:
+    """By cue words, whether a mention in a snippet is present."""
+    return any(cue(one.quote, a - one.start, b - one.start) == "present" for a, b in one.matches)
+
+
+def score_of(evidence: Sequence[Cited], config: ReduceConfig) -> float:
+    """A patient's score by a formula."""
+    usable = [(one.p, one.date) for one in evidence if one.p is not None]
+    return patient_score([p for p, _ in usable], config, [day for _, day in usable])
+
+
+def measure(
+    name: str,
+    truth: Sequence[bool],
+    found: Sequence[bool],
+    baseline: Sequence[bool],
+    scores: Sequence[float] | None,
+    lengths: Sequence[int],
+    seed: int,
+) -> Measured:
+    """All figures of one way to decide."""
+    own = counts(truth, found)
+    low, high = bootstrap_f1(truth, found, seed=seed)
+    gain_low, gain_high = bootstrap_gain(truth, found, baseline, seed=seed)
+    parted: dict[str, float] = {}
+    for label, places in lengths_parted(lengths).items():
+        some = counts([truth[i] for i in places], [found[i] for i in places])
+        parted |= {f"precision, {label}": some.precision, f"f1, {label}": some.f1, f"patients, {label}": len(places)}
+    return Measured(
+        name=name,
+        **asdict(own),
+        precision=own.precision,
+        recall=own.recall,
+        f1=own.f1,
+        low=low,
+        high=high,
+        gain_low=gain_low,
+        gain_high=gain_high,
+        p=mcnemar(truth, found, baseline),
+        auprc=math.nan if scores is None else average_precision(truth, scores),
+        calibration_error=math.nan if scores is None else calibration_error(truth, scores),
+        by_length=parted,
+    )
+
+
+def lengths_parted(lengths: Sequence[int]) -> dict[str, list[int]]:
+    """Places of patients with few, more and many snippets."""
+    few, many = LONG
+    return {
+        f"1 to {few - 1}": [i for i, n in enumerate(lengths) if 0 < n < few],
+        f"{few} to {many - 1}": [i for i, n in enumerate(lengths) if few <= n < many],
+        f"{many} or more": [i for i, n in enumerate(lengths) if n >= many],
+    }

@@ -1,0 +1,421 @@
+"""Notes from files: JSON lines, CSV, Parquet, OMOP's NOTE table, FHIR, folders of text; in parts, row by row.
+
+A bad row becomes a reject with its place and the reason; the others are read. Reasons never hold a note's text.
+"""
+
+import csv
+import gzip
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from methods.phenotyping_fhir import documents_of, resources_of
+from protocols.errors import BadInput
+from protocols.service import Message
+
+Format = Literal["rows", "csv", "parquet", "fhir", "text"]
+SUFFIXES: dict[str, Format] = {
+    ".jsonl": "rows",
+    ".ndjson": "rows",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".json": "fhir",
+    ".txt": "text",
+}
+FIELDS = ("patient_id", "note_id", "text", "date", "note_type", "encounter_id")
+NEEDED = ("patient_id", "note_id", "text")
+OMOP = {
+    "patient_id": "person_id",
+    "text": "note_text",
+    "date": "note_date",
+    "note_type": "note_type_concept_id",
+    "encounter_id": "visit_occurrence_id",
+}
+"""Columns of OMOP's NOTE table, which are looked for where ours are not there."""
+CHUNK = 1 << 20
+ROWS_AT_ONCE = 256
+csv.field_size_limit(1 << 30)
+
+
+class Part(Message):
+    """A piece of the input, read on its own."""
+
+    index: int
+    """Its place."""
+    file: str
+    """The file."""
+    root: str = ""
+    """Of texts: the folder that was named."""
+    format: Format
+    """How to read it."""
+    start: int = 0
+    """First byte of JSON lines, first row group of Parquet."""
+    end: int = -1
+    """Behind the last one; -1: to the end."""
+    first_line: int = 1
+    """Number of the first line or row."""
+
+
+@dataclass(frozen=True)
+class Note:
+    """One note."""
+
+    patient_id: str
+    note_id: str
+    text: str
+    date: str = ""
+    note_type: str = ""
+    encounter_id: str = ""
+    replaces: tuple[str, ...] = ()
+    """Ids of notes that it is a newer version of."""
+    raw_places: tuple[tuple[int, int], ...] = ()
+    """Of HTML: from each first place of the text on, the place in the raw document; empty: they are the same."""
+
+    @property
+    def digest(self) -> str:
+        """Of the text."""
+        return hashlib.sha256(self.text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Reject:
+    """A row that could not be read, or holds nothing."""
+
+    place: str
+    """File and line."""
+    reason: str
+    note_id: str = ""
+    patient_id: str = ""
+
+
+class BadRow(ValueError):
+    """What is wrong with a row, and as far as they are known whose it is."""
+
+    def __init__(self, reason: str, note_id: str = "", patient_id: str = "") -> None:
+        super().__init__(reason)
+        self.note_id, self.patient_id = note_id, patient_id
+
+
+def parts_of(paths: Sequence[str], size: int) -> list[Part]:
+    """The input in parts of about `size` bytes, in order of files. Raises BadInput that names the path."""
+    parts: list[Part] = []
+    for path in paths:
+        for file, root in files_of(Path(path).expanduser()):
+            for start, end, line in cuts(file, size):
+                parts.append(
+                    Part(
+                        index=len(parts),
+                        file=str(file),
+                        root=root,
+                        format=format_of(file),
+                        start=start,
+                        end=end,
+                        first_line=line,
+                    )
+                )
+    return parts
+
+
+def files_of(path: Path) -> list[tuple[Path, str]]:
+    """Files of a path that can be read, with the folder that was named."""
+    if path.is_dir():
+        found = [file for file in sorted(path.rglob("*")) if file.is_file() and suffix_of(file) in SUFFIXES]
+        if not found:
+            raise BadInput(f"notes: no {', '.join(SUFFIXES)} in {path}")
+        return [(file, str(path)) for file in found]
+    if not path.is_file():
+        raise BadInput(f"notes: {path} is not there")
+    format_of(path)
+    return [(path, str(path.parent))]
+
+
+def suffix_of(file: Path) -> str:
+    """Its suffix, `.gz` apart."""
+    name = file.name.lower().removesuffix(".gz")
+    return Path(name).suffix
+
+
+def format_of(file: Path) -> Format:
+    """By the suffix. Raises BadInput for an unknown one."""
+    suffix = suffix_of(file)
+    if suffix not in SUFFIXES or (suffix == ".parquet" and file.name.lower().endswith(".gz")):
+        raise BadInput(f"notes: {file}: expected one of {', '.join(SUFFIXES)}, perhaps with .gz")
+    return SUFFIXES[suffix]
+
+
+def cuts(file: Path, size: int) -> Iterator[tuple[int, int, int]]:
+    """Start, end and first line of each part of a file; only plain JSON lines and Parquet can be cut."""
+    form = format_of(file)
+    if form == "parquet":
+        yield from row_groups(file, size)
+    elif form == "rows" and file.suffix != ".gz":
+        yield from line_cuts(file, size)
+    else:
+        yield 0, -1, 1
+
+
+def line_cuts(file: Path, size: int) -> Iterator[tuple[int, int, int]]:
+    """Parts that begin and end with lines."""
+    start, line, place, lines = 0, 1, 0, 0
+    with open(file, "rb") as stream:
+        while chunk := stream.read(CHUNK):
+            if place + len(chunk) - start >= size and (at := chunk.rfind(b"\n")) >= 0:
+                end = place + at + 1
+                lines += chunk.count(b"\n", 0, at + 1)
+                yield start, end, line
+                start, line, lines = end, line + lines, chunk.count(b"\n", at + 1)
+            else:
+                lines += chunk.count(b"\n")
+            place += len(chunk)
+    if place > start:
+        yield start, place, line
+
+
+def row_groups(file: Path, size: int) -> Iterator[tuple[int, int, int]]:
+    """Parts of whole row groups."""
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.ParquetFile(file)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"notes: {file} is not Parquet: {error}") from error
+    start, row, rows, bytes_ = 0, 1, 0, 0
+    for group in range(table.num_row_groups):
+        meta = table.metadata.row_group(group)
+        rows, bytes_ = rows + meta.num_rows, bytes_ + meta.total_byte_size
+        if bytes_ >= size or group == table.num_row_groups - 1:
+            yield start, group + 1, row
+            start, row, rows, bytes_ = group + 1, row + rows, 0, 0
+
+
+def read_part(part: Part, columns: Mapping[str, str], encoding: str = "utf-8") -> Iterator[Note | Reject]:
+    """Notes and rejects in the order of the rows. A note without text is both: its patient is known.
+
+    `columns`: names of columns by our names. Raises BadInput where a table lacks a column.
+    """
+    readers = {"rows": read_lines, "csv": read_csv, "parquet": read_parquet, "fhir": read_bundle, "text": read_text}
+    for place, row in readers[part.format](part, columns, encoding):
+        where = f"{part.file}{place}"
+        if isinstance(row, BadRow):
+            yield Reject(where, str(row), row.note_id, row.patient_id)
+        else:
+            if not row.text.strip():
+                yield Reject(where, "text: empty", row.note_id, row.patient_id)
+            yield row
+
+
+Found = Iterator[tuple[str, Note | BadRow]]
+
+
+def read_lines(part: Part, columns: Mapping[str, str], encoding: str) -> Found:
+    """JSON lines: plain rows, rows of an OMOP table, or FHIR resources."""
+    number = part.first_line
+    for number, line in enumerate(lines_of(part), start=part.first_line):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(decoded(line, encoding))
+            if not isinstance(row, dict):
+                raise BadRow(f"expected an object, got {type(row).__name__}")
+            if "resourceType" in row:
+                for note in notes_of_resource(row):
+                    yield f":{number}", note
+            else:
+                yield f":{number}", note_of(row, columns)
+        except json.JSONDecodeError as error:
+            yield f":{number}", BadRow(f"not JSON: {error.msg} at character {error.pos}")
+        except RecursionError:
+            yield f":{number}", BadRow("not JSON: nested too deeply")
+        except BadRow as error:
+            yield f":{number}", error
+
+
+def lines_of(part: Part) -> Iterator[bytes]:
+    """The lines of a part. Raises BadInput for a broken archive."""
+    if part.file.endswith(".gz"):
+        try:
+            with gzip.open(part.file) as stream:
+                yield from stream
+        except (EOFError, OSError) as error:
+            raise BadInput(f"notes: {part.file} is a broken archive: {error}") from error
+        return
+    with open(part.file, "rb") as stream:
+        stream.seek(part.start)
+        left = part.end - part.start
+        while left > 0 and (line := stream.readline()):
+            left -= len(line)
+            yield line
+
+
+def decoded(line: bytes, encoding: str) -> str:
+    """Raises BadRow that names the byte, not what stands there."""
+    try:
+        return line.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise BadRow(f"not {encoding} at byte {error.start} of the line") from error
+
+
+def note_of(row: Mapping[str, Any], columns: Mapping[str, str]) -> Note:
+    """A note of a row. Raises BadRow that names the column."""
+    values: dict[str, str] = {}
+    for field in FIELDS:
+        name = column_of(field, row, columns)
+        value = row.get(name)
+        if field in NEEDED and name not in row:
+            raise BadRow(f"{name}: missing", values.get("note_id", ""), values.get("patient_id", ""))
+        if value is None and field != "text" and field in NEEDED:
+            raise BadRow(f"{name}: empty", values.get("note_id", ""), values.get("patient_id", ""))
+        if isinstance(value, dict | list | bool) or (field == "text" and not isinstance(value, str | None)):
+            raise BadRow(
+                f"{name}: expected text, got {type(value).__name__}",
+                values.get("note_id", ""),
+                values.get("patient_id", ""),
+            )
+        values[field] = plain(value)
+        if field in ("patient_id", "note_id") and not values[field].strip():
+            raise BadRow(f"{name}: empty", values.get("note_id", ""), values.get("patient_id", ""))
+    if (problem := not_unicode(values["text"])) is not None:
+        raise BadRow(f"{column_of('text', row, columns)}: {problem}", values["note_id"], values["patient_id"])
+    return Note(**values)  # type: ignore[arg-type]  # all of FIELDS are text
+
+
+def not_unicode(text: str) -> str | None:
+    """Why a text cannot be kept: JSON may hold halves of characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"half a character (a lone surrogate) at character {error.start}"
+    return None
+
+
+def plain(value: Any) -> str:
+    """A cell as text: 7.0 of a table with gaps is 7."""
+    if value is None:
+        return ""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def column_of(field: str, row: Iterable[str], columns: Mapping[str, str]) -> str:
+    """Name of the column that holds a field."""
+    if field in columns:
+        return columns[field]
+    other = OMOP.get(field, field)
+    return other if field not in row and other in row else field
+
+
+def read_csv(part: Part, columns: Mapping[str, str], encoding: str) -> Found:
+    """A table with a header. What cannot be decoded costs its row."""
+    delimiter = "\t" if suffix_of(Path(part.file)) == ".tsv" else ","
+    raw = gzip.open(part.file) if part.file.endswith(".gz") else open(part.file, "rb")  # noqa: SIM115
+    with raw, io.TextIOWrapper(raw, encoding=encoding, errors="surrogateescape", newline="") as stream:
+        rows = csv.reader(stream, delimiter=delimiter, strict=True)
+        header = next(rows, None)
+        if header is None:
+            raise BadInput(f"notes: {part.file} is empty; expected a header")
+        check_columns(part.file, [name.removeprefix("\ufeff") for name in header], columns)
+        names = [name.removeprefix("\ufeff") for name in header]
+        while True:
+            place = f":{rows.line_num + 1}"
+            try:
+                cells = next(rows)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield place, BadRow(f"not CSV: {error}")
+                continue
+            if cells:
+                yield place, row_of_cells(names, cells, columns)
+
+
+def row_of_cells(names: Sequence[str], cells: Sequence[str], columns: Mapping[str, str]) -> Note | BadRow:
+    """A row of a table."""
+    if len(cells) != len(names):
+        return BadRow(f"got {len(cells)} cells, expected {len(names)}")
+    bad = [name for name, cell in zip(names, cells, strict=True) if not cell.isascii() and has_lone(cell)]
+    if bad:
+        return BadRow(f"{bad[0]}: not in the declared encoding")
+    try:
+        return note_of(dict(zip(names, cells, strict=True)), columns)
+    except BadRow as error:
+        return error
+
+
+def has_lone(text: str) -> bool:
+    """Whether bytes could not be decoded."""
+    return any("\udc80" <= letter <= "\udcff" for letter in text)
+
+
+def check_columns(file: str, names: Sequence[str], columns: Mapping[str, str]) -> None:
+    """Raise BadInput if a table lacks a column that is needed."""
+    for field in NEEDED:
+        name = column_of(field, names, columns)
+        if name not in names:
+            other = f" or {OMOP[field]}" if field in OMOP and field not in columns else ""
+            raise BadInput(
+                f"notes: {file} has no column {name}{other}; it has {', '.join(names)}. Name it by columns.{field}="
+            )
+
+
+def read_parquet(part: Part, columns: Mapping[str, str], encoding: str) -> Found:
+    """Row groups of a Parquet file."""
+    import pyarrow.parquet as pq
+
+    table = pq.ParquetFile(part.file)
+    names = table.schema_arrow.names
+    check_columns(part.file, names, columns)
+    wanted = [name for field in FIELDS if (name := column_of(field, names, columns)) in names]
+    number = part.first_line
+    groups = list(range(part.start, part.end))
+    for batch in table.iter_batches(batch_size=ROWS_AT_ONCE, row_groups=groups, columns=list(dict.fromkeys(wanted))):
+        for row in batch.to_pylist():
+            try:
+                found: Note | BadRow = note_of(row, columns)
+            except BadRow as error:
+                found = error
+            yield f": row {number}", found
+            number += 1
+
+
+def read_text(part: Part, columns: Mapping[str, str], encoding: str) -> Found:
+    """A text file: its name is the note, the folder that it lies in the patient, or its name if there is none."""
+    path = Path(part.file)
+    inner = path.relative_to(part.root)
+    name = inner.as_posix().removesuffix(".gz").removesuffix(".txt")
+    patient = inner.parent.as_posix() if inner.parent != Path(".") else name
+    raw = b"".join(lines_of(part.model_copy(update={"end": path.stat().st_size})))
+    try:
+        yield "", Note(patient_id=patient, note_id=name, text=decoded(raw, encoding))
+    except BadRow as error:
+        yield "", BadRow(str(error).replace(" of the line", ""), name, patient)
+
+
+def read_bundle(part: Part, columns: Mapping[str, str], encoding: str) -> Found:
+    """A FHIR bundle, or one resource."""
+    raw = b"".join(lines_of(part.model_copy(update={"end": Path(part.file).stat().st_size})))
+    try:
+        content = json.loads(raw)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        yield "", BadRow(f"not JSON: {type(error).__name__}")
+        return
+    if not isinstance(content, dict) or "resourceType" not in content:
+        yield "", BadRow("expected a FHIR bundle, with resourceType")
+        return
+    for number, resource in resources_of(content):
+        place = f": entry {number}" if number is not None else ""
+        for found in notes_of_resource(resource):
+            yield place, found
+
+
+def notes_of_resource(resource: Any) -> Iterator[Note | BadRow]:
+    """The notes of a FHIR resource, or what is wrong with it."""
+    for one in documents_of(resource):
+        if isinstance(one, str):
+            name = resource.get("id", "") if isinstance(resource, dict) else ""
+            yield BadRow(one, name if isinstance(name, str) else "")
+        else:
+            yield Note(**one)

@@ -1,0 +1,192 @@
+"""What phenotyping leaves: decisions, rejects, a table for OMOP, an evaluation, an audit record, a review page."""
+
+import csv
+import json
+import math
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from cluster.run_directory import write_atomically
+from cluster.summary import Summary, SummaryRow
+from methods.phenotyping_config import Config
+from methods.phenotyping_decide import Decided, Origin, Place
+from methods.phenotyping_eval import Evaluation, evaluate
+from methods.phenotyping_review import write_review
+from methods.phenotyping_scan import bucket_name, staged
+from methods.phenotyping_source import Source
+from protocols.policy import PolicyInfo
+
+PANELS = {
+    "Questions per bucket": ["snippets", "questions", "asked"],
+    "Decisions per bucket": ["yes", "no", "uncertain", "no_evidence", "failed"],
+    "Tokens of prompts per bucket": ["tokens"],
+}
+NLP_COLUMNS = (
+    "note_nlp_id",
+    "note_id",
+    "section_concept_id",
+    "snippet",
+    "offset",
+    "lexical_variant",
+    "note_nlp_concept_id",
+    "nlp_system",
+    "nlp_date",
+    "nlp_datetime",
+    "term_exists",
+    "term_temporal",
+    "term_modifiers",
+)
+"""Of OMOP's NOTE_NLP."""
+
+
+def metrics_of(found: Sequence[Decided], patients: int) -> dict[str, float]:
+    """One bucket in numbers."""
+    decisions = Counter(one.decision for one in found)
+    sums = {name: sum(getattr(one, f"n_{name}") for one in found) for name in ("found", "groups", "sent")}
+    metrics = {
+        "patients": patients,
+        "snippets": sums["found"],
+        "different": sums["groups"],
+        "questions": sums["sent"],
+    }
+    metrics |= {name: sum(getattr(one, name) for one in found) for name in ("asked", "tokens", "decoded")}
+    metrics |= {name: decisions[name] for name in ("yes", "no", "uncertain", "no_evidence", "failed")}
+    metrics["near_threshold"] = sum(one.near_threshold for one in found)
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def finish(
+    folder: Path,
+    config: Config,
+    source: Source,
+    origin: Origin,
+    rows: Sequence[Mapping[str, float]],
+    info: PolicyInfo,
+) -> Summary:
+    """Put the buckets together, and say what the run came to."""
+    buckets = [folder / "decisions" / bucket_name(step) for step in range(1, config.steps + 1)]
+    done = [file for file in buckets if file.is_file()]
+    join(folder / "decisions.jsonl", done)
+    join(folder / "rejects.jsonl", sorted((folder / "scan").glob("part-*.rejects.jsonl")))
+    write_note_nlp(folder / "note_nlp.csv", read_decisions(folder), origin)
+    write_atomically(folder / "audit.json", json.dumps(audit(source, origin, info), indent=1, ensure_ascii=False))
+    shown = write_review(folder / "review.html", read_decisions(folder), source.definitions, config.review)
+    evaluations = evaluated(folder, config, source)
+    if evaluations:
+        told = json.dumps([asdict(one) for one in evaluations], indent=1).replace("NaN", "null")
+        write_atomically(folder / "evaluation.json", told)
+    return summary(rows, evaluations, shown, len(done) < len(buckets))
+
+
+def join(target: Path, files: Sequence[Path]) -> None:
+    """Files one after the other as one, whole or not at all."""
+    with open(staged(target), "wb") as out:
+        for file in files:
+            with open(file, "rb") as stream:
+                shutil.copyfileobj(stream, out)
+    staged(target).replace(target)
+
+
+def read_decisions(folder: Path) -> Iterator[Decided]:
+    """All of a run, one at a time."""
+    with open(folder / "decisions.jsonl", encoding="utf-8") as lines:
+        for line in lines:
+            yield Decided.model_validate_json(line)
+
+
+def write_note_nlp(file: Path, found: Iterator[Decided], origin: Origin) -> None:
+    """One row per cited mention, copies included, as OMOP's NOTE_NLP has it; concept ids are left to the site."""
+    system = f"repertory phenotyping {origin.model} {origin.prompt.digest}"
+    with open(staged(file), "w", encoding="utf-8", newline="") as stream:
+        rows = csv.writer(stream)
+        rows.writerow(NLP_COLUMNS)
+        number = 0
+        for one in found:
+            for cited in one.evidence:
+                exists = "Y" if cited.answer == "yes" else "N"
+                variant = cited.quote[cited.matches[0][0] - cited.start : cited.matches[0][1] - cited.start]
+                told = f"phenotype={one.phenotype_id};answer={cited.answer};p={cited.p}"
+                own = Place(note_id=cited.note_id, start=cited.start, end=cited.end, date=cited.date)
+                for place in [own, *cited.also_in]:
+                    number += 1
+                    row = [number, place.note_id, 0, cited.quote, place.start, variant, 0, system]
+                    rows.writerow([*row, place.date[:10], place.date, exists, "", told])
+    staged(file).replace(file)
+
+
+def audit(source: Source, origin: Origin, info: PolicyInfo) -> dict[str, object]:
+    """What decisions rest on, and nothing of any note."""
+    return {
+        "run": origin.run,
+        "model": {"name": info.model, "digest": origin.model, "version": info.version, "tokenizer": info.tokenizer},
+        "prompt": {"digest": origin.prompt.digest, **origin.prompt.model_dump(mode="json")},
+        "definitions": [{"digest": one.digest, **one.model_dump(mode="json")} for one in source.definitions],
+        "notes": source.notes,
+    }
+
+
+def evaluated(folder: Path, config: Config, source: Source) -> list[Evaluation]:
+    """Each phenotype that has labels."""
+    labels: dict[str, dict[str, bool | None]] = {}
+    for (patient, phenotype), label in source.labels.items():
+        labels.setdefault(phenotype, {})[patient] = label
+    decisions: dict[str, dict[str, Decided]] = {name: {} for name in labels}
+    for one in read_decisions(folder):
+        if one.patient_id in labels.get(one.phenotype_id, ()):
+            decisions[one.phenotype_id][one.patient_id] = one
+    return [
+        evaluate(
+            definition,
+            config.reduce,
+            decisions[definition.phenotype_id],
+            labels[definition.phenotype_id],
+            source.facts,
+            config.seed,
+        )
+        for definition in source.definitions
+        if definition.phenotype_id in labels
+    ]
+
+
+def summary(
+    rows: Sequence[Mapping[str, float]], evaluations: Sequence[Evaluation], shown: int, partial: bool
+) -> Summary:
+    """The result of a run in few lines: F1 beside the baseline's where there are labels, and what it took."""
+    totals: Counter[str] = Counter()
+    for row in rows:
+        totals.update({name: value for name, value in row.items() if name != "step" and value is not None})
+    lines = []
+    for one in evaluations:
+        by_name = {measured.name: measured for measured in one.measured}
+        mine, other = by_name["as decided"], by_name[one.baseline]
+        note = f"F1, 95 % {number(mine.low)} to {number(mine.high)}; precision {number(mine.precision)}, recall"
+        note += f" {number(mine.recall)}; before: {one.baseline}; {one.patients} patients, {one.positive} of them ill"
+        lines.append(SummaryRow(name=one.phenotype_id, before=known(other.f1), after=known(mine.f1), note=note))
+    t = {name: f"{int(value):,}" for name, value in totals.items()}
+    notes = [
+        f"{t['notes']} notes read, {t['rejects']} rows rejected (rejects.jsonl); {t['patients']} patients;"
+        f" {t['snippets']} snippets.",
+        f"{t['questions']} questions, {t['asked']} of them asked: {t['tokens']} tokens of prompts, {t['decoded']}"
+        " sampled.",
+        f"Decisions: {t['yes']} yes, {t['no']} no, {t['uncertain']} uncertain, {t['no_evidence']} without evidence,"
+        f" {t['failed']} failed (decisions.jsonl, note_nlp.csv).",
+        f"review.html shows {shown} of them.",
+    ]
+    if partial:
+        notes.insert(0, "Not all patients have been decided about.")
+    if evaluations:
+        notes.append("All reducers, rules and baselines: evaluation.json.")
+    return Summary(title="Phenotyping by snippets", rows=lines, notes=notes, panels=PANELS)
+
+
+def number(value: float) -> str:
+    """Three digits, or a dash."""
+    return "-" if math.isnan(value) else f"{value:.3f}"
+
+
+def known(value: float) -> float | None:
+    """None for what is no number."""
+    return None if math.isnan(value) else value

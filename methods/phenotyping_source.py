@@ -1,0 +1,197 @@
+"""Where a run's notes, definitions, facts and labels come from, and which policy answers."""
+
+import csv
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import ValidationError
+
+from cluster.cluster import Cluster
+from cluster.run_directory import write_atomically
+from cluster.seeds import derive_seed
+from methods.phenotyping_config import Config
+from methods.phenotyping_definition import Definition, read_definitions
+from methods.phenotyping_evidence import EvidenceConfig, evidence_of
+from methods.phenotyping_mentions import mention_base, read_mentions
+from methods.phenotyping_notes import Note, plain
+from methods.phenotyping_prompts import messages_of
+from methods.phenotyping_rules import Fact, Rule
+from methods.phenotyping_scan import Scan, scanned
+from methods.worlds import wards
+from protocols.errors import BadInput, describe_validation_error
+from protocols.retriever import RetrieverService
+
+Labels = dict[tuple[str, str], bool | None]
+"""Of patient and phenotype; None where nobody can say."""
+CODE, DRUG = "Z01.7", "veltomab"
+"""Of the invented diseases."""
+
+
+@dataclass
+class Source:
+    """All that a run reads."""
+
+    notes: list[str]
+    definitions: list[Definition]
+    model: str
+    """Folder or name of the policy's model."""
+    facts: dict[str, list[Fact]] = field(default_factory=dict)
+    """By patient."""
+    labels: Labels = field(default_factory=dict)
+
+
+async def source_of(cluster: Cluster, config: Config, retriever: RetrieverService) -> Source:
+    """Read, or drawn by the world. Raises BadInput that names file, line and field."""
+    if config.world:
+        return await drawn(cluster, config, retriever)
+    definitions = read_definitions(config.definitions)
+    model = config.policy.model
+    if config.mentions:
+        model = await mention_base(
+            cluster,
+            config.policy,
+            read_mentions(config.mentions),
+            config.prompt.labels,
+            config.mention_steps,
+            config.mention_rate,
+        )
+    return Source(config.notes, definitions, model, read_facts(config.facts), read_labels(config))
+
+
+async def drawn(cluster: Cluster, config: Config, retriever: RetrieverService) -> Source:
+    """The wards: notes in a file of their own beside the runs, and a policy that is taught if it is not there yet."""
+    disease = wards.disease_of(config.seed)
+    definition = ward_definition(disease)
+    told = json.dumps([config.wards.model_dump(), config.seed, disease, wards.PHRASES, wards.FILLERS])
+    name = f"wards-notes-{hashlib.sha256(told.encode()).hexdigest()[:12]}"
+    file = cluster.directory.path.parent / "bases" / name / "notes.jsonl"
+    labels: Labels = {}
+    facts: dict[str, list[Fact]] = {}
+    lines = []
+    for patient in wards.patients_of(config.wards, disease, config.seed):
+        labels[patient.id, definition.phenotype_id] = patient.ill
+        facts[patient.id] = [
+            *([Fact(patient_id=patient.id, kind="code", code=CODE)] if patient.code else []),
+            *([Fact(patient_id=patient.id, kind="drug", code=DRUG)] if patient.drug else []),
+        ]
+        lines += [json.dumps({k: v for k, v in vars(one).items() if k != "said"}) + "\n" for one in patient.notes]
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, "".join(lines))
+    lessons = await ward_lessons(config, retriever)
+    model = await wards.ward_base(cluster, config.policy, lessons, config.seed)
+    return Source([str(file)], [definition], model, facts, labels)
+
+
+def ward_definition(disease: str) -> Definition:
+    """Of an invented disease."""
+    rules = Rule(any=[Rule(codes=[CODE]), Rule(drugs=[DRUG])])
+    return Definition(
+        phenotype_id="ward",
+        version="1",
+        name=disease,
+        description=f"The patient has, or has had, {disease}.",
+        terms=[disease],
+        rules=rules,
+    )
+
+
+async def ward_lessons(config: Config, retriever: RetrieverService) -> list[tuple[str, str]]:
+    """Prompts about another disease, cut and written as a run's own are, with answers, of which some are wrong."""
+    definition = ward_definition(wards.TAUGHT)
+    scan = Scan(sets=[definition.pattern_set()], window=config.window, folder="")
+    found: list[tuple[str, str]] = []
+    rng = np.random.default_rng(derive_seed(config.seed, "noise"))
+    answers = list(config.prompt.labels.values())
+    first = 0
+    while len(found) < config.wards.lessons:
+        size = config.wards.model_copy(update={"prevalence": 0.5})
+        for patient in wards.patients_of(size, wards.TAUGHT, config.seed + 1, unseen=False, first=first, count=200):
+            for one in patient.notes:
+                if one.said is None:
+                    continue
+                note = Note(one.patient_id, one.note_id, one.text, one.date, one.note_type)
+                evidence = evidence_of(await scanned(retriever, scan, [note]), definition, EvidenceConfig())
+                for group in evidence.groups:
+                    answer = config.prompt.labels[wards.LABELS[one.said]]
+                    if rng.random() < wards.NOISE:
+                        answer = answers[int(rng.integers(len(answers)))]
+                    found.append((messages_of(group, definition, config.prompt)[0].content, answer))
+        first += 200
+    return found[: config.wards.lessons]
+
+
+def model_digest(model: str) -> str:
+    """What tells models apart: of a folder its weights and configuration, else the name."""
+    folder = Path(model)
+    digest = hashlib.sha256()
+    if not folder.is_dir():
+        digest.update(model.encode())
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]) if folder.is_dir() else []:
+        digest.update(file.name.encode())
+        with open(file, "rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def rows_of(path: str, what: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows of .jsonl or .csv with their places. Raises BadInput."""
+    file = Path(path).expanduser()
+    try:
+        with open(file, encoding="utf-8", newline="") as stream:
+            if file.suffix == ".csv":
+                reader = csv.DictReader(stream)
+                for row in reader:
+                    yield f"{path}:{reader.line_num}", row
+                return
+            for number, line in enumerate(stream, start=1):
+                if line.strip():
+                    value = json.loads(line)
+                    if not isinstance(value, dict):
+                        raise BadInput(f"{what}: {path}:{number}: expected an object")
+                    yield f"{path}:{number}", value
+    except OSError as error:
+        raise BadInput(f"{what}: cannot read {path}: {error.strerror}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise BadInput(f"{what}: {path} is neither JSON lines nor CSV: {error}") from error
+
+
+def read_facts(paths: list[str]) -> dict[str, list[Fact]]:
+    """Facts by patient."""
+    found: dict[str, list[Fact]] = {}
+    for path in paths:
+        for place, row in rows_of(path, "facts"):
+            try:
+                one = Fact.model_validate({k: v for k, v in row.items() if v not in ("", None)})
+            except ValidationError as error:
+                raise BadInput(f"facts: {place}: {describe_validation_error(error)}") from error
+            found.setdefault(one.patient_id, []).append(one)
+    return found
+
+
+def read_labels(config: Config) -> Labels:
+    """The truth as far as it is known."""
+    found: Labels = {}
+    names = {name: config.label_columns.get(name, name) for name in ("patient_id", "phenotype", "label")}
+    for place, row in rows_of(config.labels, "labels") if config.labels else ():
+        key = (cell(row, names["patient_id"], place), cell(row, names["phenotype"], place))
+        text = plain(row.get(names["label"])).strip()
+        if text not in ("0", "1", ""):
+            raise BadInput(f"labels: {place}: {names['label']}: got {text[:40]!r}, expected 1, 0 or nothing")
+        if key in found:
+            raise BadInput(f"labels: {place}: patient {key[0]!r} and phenotype {key[1]!r} occur twice")
+        found[key] = None if not text else text == "1"
+    return found
+
+
+def cell(row: Mapping[str, Any], name: str, place: str) -> str:
+    """A cell that is needed."""
+    value = plain(row.get(name)).strip()
+    if not value:
+        raise BadInput(f"labels: {place}: {name}: missing; name the column by label_columns")
+    return value
