@@ -34,7 +34,7 @@ from methods.seft_eval import (
 )
 from methods.seft_judge import judged
 from methods.seft_report import known, round_metrics, summary, write_replies
-from methods.seft_rounds import Cast, PseudoLabel, collected
+from methods.seft_rounds import Cast, PseudoLabel, collected, read_round
 from methods.seft_train import (
     TERM,
     Lesson,
@@ -49,7 +49,7 @@ from methods.seft_train import (
 )
 from methods.seft_triples import Triple, triples_of
 from methods.worlds.sorting import sorting_base
-from protocols.errors import BadInput
+from protocols.errors import BadInput, Corrupt
 from protocols.model import ModelConfig
 from protocols.policy import PolicyConfig, PolicyService
 from protocols.reviser import ReviserTrainRequest
@@ -62,6 +62,8 @@ __all__ = ["HEADLINE", "Config", "policies", "preset", "run"]
 
 Model = TypeVar("Model", bound=ModelConfig)
 LABELS_FILE = "labels.json"
+FIRST = "first"
+"""The folder of the policy before it is trained, its optimiser included, for runs that go back to it."""
 HEADLINE = ("reviser/loss", "train/loss", "dev/score", "dev/label_no")
 
 
@@ -103,10 +105,14 @@ async def run(cluster: Cluster, config: Config) -> None:
             if place == 0 or not rows:
                 rows = await lessons_of(cast, config, data, turn, folder, step)
                 mixed = await annotated_rows(cast, config, data)
+            if config.from_start and place == 0 and turn > 1:
+                await cast.policy.load(CheckpointRequest(path=str(folder / FIRST)))
             step.log(await learn_policy(cast, config, rows, mixed, step))
 
         if step.index == config.first_phase or (place == config.round_steps - 1 and turn > 0):
             await cast.policy.publish(Empty())
+            if config.from_start and turn == 0:
+                await write(cast.policy, folder / FIRST, training_state=True)
             metrics = await judge_round(cast, config, data, state, turn, folder, step)
             if config.revises and turn == 0:
                 await accept(cast, config, data, state, metrics, folder, step)
@@ -200,7 +206,7 @@ async def stage_a(cast: Cast, config: Config, data: Data, state: State, folder: 
         state.threshold = json.loads(about.read_text(encoding="utf-8"))["t1"]
         return [Triple.model_validate_json(line) for line in file.read_bytes().split(b"\n")[:-1]]
     rng = np.random.default_rng(derive_seed(config.seed, "balance"))
-    found = await reviser_data(cast, config, data.annotated, rng)
+    found = await reviser_data(cast, config, data, rng)
     state.threshold = found.threshold
     told = {"t0": config.rule.noise, "t1": found.threshold, "labels": Counter(one.label for one in found.kept)}
     write_atomically(about, json.dumps(told | {"dropped": found.dropped}, indent=1))
@@ -241,12 +247,13 @@ async def lessons_of(
     found: list[PseudoLabel] = []
     if config.algorithm in OWN:
         prompts = of_round(data.prompts, turn, config.prompts_per_round, config.seed)
-        found = await collected(cast, config, prompts, turn, folder / "rounds" / f"round-{turn}.jsonl", step.activity)
+        found = await collected(cast, config, prompts, turn, file_of(folder, turn), step.activity)
         if config.round_of(step.index)[1] == 0:
             # A run that goes on within a round has said so before.
             step.log(round_metrics(found))
             step.samples(one.model_dump(mode="json", exclude={"messages"}) for one in found[:8])
-        lessons = from_round(found, by_confidence=config.by_confidence)
+        before = earlier_rounds(config, data, turn, folder) if config.from_start else []
+        lessons = from_round([*before, *found], by_confidence=config.by_confidence)
     else:
         lessons = from_best(data.annotated) if config.algorithm == "sft" else from_pairs(data.annotated)
     rows, too_long = await rows_of(cast, lessons)
@@ -261,6 +268,24 @@ async def lessons_of(
     if config.round_of(step.index)[1] == 0:
         step.log({"round/lessons": len(rows), "round/too_long": too_long})
     return rows
+
+
+def file_of(folder: Path, turn: int) -> Path:
+    """Where a round's pseudo-labels are."""
+    return folder / "rounds" / f"round-{turn}.jsonl"
+
+
+def earlier_rounds(config: Config, data: Data, turn: int, folder: Path) -> list[PseudoLabel]:
+    """The pseudo-labels of the rounds before, as they were written down. Raises Corrupt where some are missing."""
+    found: list[PseudoLabel] = []
+    for past in range(1, turn):
+        prompts = of_round(data.prompts, past, config.prompts_per_round, config.seed)
+        known = read_round(file_of(folder, past), prompts, config.prompts_per_call)
+        if len(known) < len(prompts):
+            # The policy that replied is gone.
+            raise Corrupt(f"{file_of(folder, past)} holds {len(known)} of {len(prompts)} pseudo-labels")
+        found += known
+    return found
 
 
 async def annotated_rows(cast: Cast, config: Config, data: Data) -> list[list[TrainRow]]:
@@ -301,6 +326,8 @@ async def accept(
         state.threshold = json.loads((Path(config.reviser_trained) / LABELS_FILE).read_text())["t1"]
     held_out = triples_of(data.held_out, config.rule, state.threshold).kept
     best = {item.id: best_of(item) for item in data.held_out}
+    held_out += data.revisions_held_out
+    best |= {one.source_id: one.target for one in data.revisions_held_out}
     metrics = reviser_metrics(await test_reviser(cast, config, held_out, best))
     metrics["no_precision"] = first.get("no_precision", math.nan)
     metrics = {f"reviser/{name}": value for name, value in metrics.items()}

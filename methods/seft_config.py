@@ -71,12 +71,16 @@ class Config(MethodConfig):
     preferences: list[str] = []
     """Files of prompts with replies of known order (.jsonl, .jsonl.gz): Nectar, UltraFeedback, chosen/rejected,
     ..."""
+    revisions: list[str] = []
+    """Files of texts with proposed edits that people accepted or rejected one by one ({before, proposed,
+    after_accepted, edits, ...}): the reviser learns from them too."""
     prompts: list[str] = []
     """Files of prompts without annotation: messages, ShareGPT, Alpaca, {prompt}."""
     test_prompts: list[str] = []
     """Files of prompts for the test, with or without a reply to compare with."""
     held_out: float = Field(default=0.05, gt=0, lt=1)
-    """Share of annotated prompts, by a hash of the prompt, that nothing learns from: they test reviser and rounds."""
+    """Share of annotated prompts, by a hash of the prompt, that nothing learns from: they test reviser and rounds. Of
+    `revisions` as large a share of the documents, by a hash of their names."""
 
     policy: PolicyConfig = PolicyConfig(trainer=TrainerConfig(learning_rate=5e-6))
     """The policy."""
@@ -126,11 +130,14 @@ class Config(MethodConfig):
     choose: bool = False
     """Label revisions again, and keep the reply where the reviser likes it better than its own revision."""
     by_confidence: bool = False
-    """Weight what the policy learns by the probability of the label it came with."""
+    """Weight what the policy learns by how sure the reviser is of it: a revision by the probability of the reply's
+    label, a reply that is kept by p(no), one that is chosen among others by p(no) + p(minor) / 2."""
     round_steps: int = Field(default=400, ge=1)
     """Optimiser steps of a round."""
     targets_per_step: int = Field(default=128, ge=1)
     """Replies, or pairs, of each."""
+    from_start: bool = False
+    """Begin each round's training with the first policy again, on the targets of all rounds so far."""
     annotated_share: float = Field(default=0.0, ge=0, lt=1)
     """Of algorithms that learn without annotation: share of each step that is best annotated replies instead, against
     forgetting (section 4, item 6)."""
@@ -147,8 +154,8 @@ class Config(MethodConfig):
             raise ValueError("preferences: expected files of annotated replies, or a world")
         if not self.world and self.algorithm in OWN and not self.prompts:
             raise ValueError(f"prompts: expected files of prompts, which {self.algorithm} learns from")
-        if self.world and (self.prompts or self.test_prompts):
-            raise ValueError(f"prompts, test_prompts: the world {self.world!r} has its own; expected none")
+        if self.world and (self.prompts or self.test_prompts or self.revisions):
+            raise ValueError(f"prompts, test_prompts, revisions: the world {self.world!r} has its own; expected none")
         if self.policy.trainer is None:
             raise ValueError("policy.trainer: expected one, to train")
         if self.revises and not self.reviser_trained and self.reviser_policy.trainer is None:
@@ -185,9 +192,11 @@ class Config(MethodConfig):
         external = self.revises and self.evolution != "internal"
         used = {
             "own_replies": (self.own_replies, self.revises),
+            "revisions": (self.revisions, self.revises),
             "choose": (self.choose, external),
             "by_confidence": (self.by_confidence, self.revises and self.reviser.adaptive),
             "stronger": (self.stronger, external or self.algorithm == "self_train"),
+            "from_start": (self.from_start, self.algorithm in OWN and self.rounds > 1),
             "annotated_share": (self.annotated_share, self.algorithm in OWN),
         }
         for name, (given, works) in used.items():

@@ -12,7 +12,8 @@ import numpy as np
 from cluster.seeds import derive_seed
 from methods.chat_data import Candidate, Conversation, Judged, read_conversations, read_judged
 from methods.seft_config import OWN, Config
-from methods.seft_triples import edit_distance
+from methods.seft_revisions import judged_by_people, read_revisions, triple_of
+from methods.seft_triples import Triple, edit_distance
 from methods.worlds import sorting
 from protocols.errors import BadInput
 from protocols.messages import ChatMessage, Prompt
@@ -47,6 +48,10 @@ class Data:
     """What tells the rounds apart."""
     test: list[Task]
     dropped: Counter[str] = field(default_factory=Counter)
+    revisions: list[Triple] = field(default_factory=list)
+    """Judged by people, for the reviser to learn from."""
+    revisions_held_out: list[Triple] = field(default_factory=list)
+    """Of other documents, to test it."""
 
 
 def data_of(config: Config) -> Data:
@@ -104,7 +109,11 @@ def read(config: Config) -> Data:
         raise BadInput(
             "preferences: the best reply to each prompt that is held out is empty; expected some with text"
         )
-    return Data(annotated, held_out, alone, dev, tested, dropped)
+    revised = list(judged_by_people(read_revisions(config.revisions), dropped))
+    apart = {row.doc_id for row in revised if falls_below(config.held_out, hashed(row.doc_id))}
+    learnt = [triple_of(row) for row in revised if row.doc_id not in apart]
+    kept = [triple_of(row) for row in revised if row.doc_id in apart]
+    return Data(annotated, held_out, alone, dev, tested, dropped, learnt, kept)
 
 
 def fresh(rows: Iterable[Row], seen: set[str], dropped: Counter[str], what: str) -> Iterator[Row]:
@@ -141,12 +150,22 @@ async def fitting(data: Data, policy: PolicyService, context: int) -> Data:
 def prompt_key(messages: Sequence[ChatMessage]) -> str:
     """A conversation by its words, equal where only case and blanks differ."""
     text = "\n".join(f"{turn.role} {' '.join(turn.content.casefold().split())}" for turn in messages)
+    return hashed(text)
+
+
+def hashed(text: str) -> str:
+    """The digest of a text."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def is_held_out(item: Judged, share: float) -> bool:
     """Whether nothing may learn from it: by its prompt alone, so that it stays so when data are added."""
-    return int(prompt_key(item.messages)[:8], 16) < share * 2**32
+    return falls_below(share, prompt_key(item.messages))
+
+
+def falls_below(share: float, digest: str) -> bool:
+    """Whether a digest is of the first so many of all."""
+    return int(digest[:8], 16) < share * 2**32
 
 
 def best_reply(item: Judged) -> Candidate:

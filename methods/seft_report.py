@@ -84,10 +84,11 @@ def summary(
         note = f"95 % {wins['low']:.3f} to {wins['high']:.3f}; at equal lengths {wins['at_equal_length']:.3f}, "
         note += f"the same in both orders {wins['same_in_both_orders']:.3f}"
         lines.append(SummaryRow(name="preferred to the first policy", after=wins["win_rate"], note=note))
+    tested = "held-out annotated prompts" + (" and revisions" if data.revisions_held_out else "")
     last = {name: value for row in rows for name, value in row.items() if value is not None}
     for name in ("accuracy", "macro_f1", "harm", "gain_minor", "gain_major", "copies", "no_precision"):
         if (value := last.get(f"reviser/{name}")) is not None:
-            note = "development prompts" if name == "no_precision" else "held-out annotated prompts"
+            note = "development prompts" if name == "no_precision" else tested
             lines.append(SummaryRow(name=f"reviser/{name}", after=value, note=note))
     lines += damages(found["reviser"])
     notes = [finished] if finished else []
@@ -95,6 +96,8 @@ def summary(
     notes.append(
         f"{len(data.annotated)} annotated prompts, {len(data.held_out)} held out, {len(data.prompts)} others."
     )
+    if data.revisions or data.revisions_held_out:
+        notes.append(f"{len(data.revisions)} revisions judged by people, {len(data.revisions_held_out)} held out.")
     notes += [f"Left out, {reason}: {count}." for reason, count in sorted(data.dropped.items())]
     return Summary(title=f"SEFT: {title(config)}", rows=lines, notes=notes, panels=PANELS)
 

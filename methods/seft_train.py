@@ -7,8 +7,9 @@ import numpy as np
 
 from methods.chat_data import Conversation, Judged
 from methods.seft_config import Config
-from methods.seft_data import best_of, best_reply
+from methods.seft_data import Data, best_of, best_reply
 from methods.seft_rounds import Cast, PseudoLabel, sampled
+from methods.seft_targets import own_score
 from methods.seft_triples import Triple, Triples, balanced, edit_distance, triples_of
 from protocols.errors import BadInput
 from protocols.losses import LossSpec, SFTLoss
@@ -63,9 +64,24 @@ def from_round(found: Sequence[PseudoLabel], *, by_confidence: bool) -> list[Les
     lessons = []
     for one in found:
         if not one.problem:
-            sure = max(one.label_probs.model_dump().values()) if by_confidence and one.label_probs else 1.0
-            lessons.append(Lesson(one.uid, one.messages, one.target, weight=sure))
+            weight = confidence_of(one) if by_confidence else 1.0
+            lessons.append(Lesson(one.uid, one.messages, one.target, weight=weight))
     return lessons
+
+
+def confidence_of(one: PseudoLabel) -> float:
+    """How sure the reviser is that the target is right; 1 where it was not asked.
+
+    Of a reply that was kept p(no), also where it was kept against its own revision, after another label; of one that
+    was chosen among others the score that it was chosen by; of a revision the probability of the reply's label.
+    """
+    if one.label_probs is None:
+        return 1.0
+    if one.source == "kept":
+        return one.label_probs.no
+    if one.source == "own_best":
+        return own_score(one.label_probs)
+    return float(max(one.label_probs.model_dump().values()))
 
 
 def preferences_of(lessons: Sequence[Lesson]) -> list[Preference]:
@@ -118,11 +134,12 @@ async def with_reference(reference: PolicyService, lessons: Sequence[list[TrainR
     return found
 
 
-async def reviser_data(cast: Cast, config: Config, items: Sequence[Judged], rng: np.random.Generator) -> Triples:
-    """Stage A: labelled replies, balanced, and if wanted some of the policy's own among them."""
-    found = triples_of(items, config.rule)
+async def reviser_data(cast: Cast, config: Config, data: Data, rng: np.random.Generator) -> Triples:
+    """Stage A: labelled replies and revisions, balanced, and if wanted some of the policy's own among them."""
+    found = triples_of(data.annotated, config.rule)
+    found.kept += data.revisions
     if config.own_replies:
-        found.kept += await own_triples(cast, config, items)
+        found.kept += await own_triples(cast, config, data.annotated)
     if config.reviser.adaptive:
         found.kept = balanced(found.kept, rng)
     else:

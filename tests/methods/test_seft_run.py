@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from cluster.cluster import Cluster
 from cluster.configure import configure
@@ -16,6 +17,7 @@ from methods.seft_rounds import PseudoLabel
 from methods.worlds import sorting
 from protocols.errors import Corrupt
 from protocols.messages import ChatMessage
+from protocols.service import CheckpointRequest
 
 pytestmark = pytest.mark.slow
 
@@ -91,8 +93,8 @@ class Stop(Exception):
 
 @pytest.mark.parametrize(
     "words",
-    [[], ["algorithm=dpo"], ["algorithm=best_of_n", "reward={kind: outcome}"]],
-    ids=["seft", "dpo", "best_of_n"],
+    [[], ["from_start=true"], ["algorithm=dpo"], ["algorithm=best_of_n", "reward={kind: outcome}"]],
+    ids=["seft", "from_start", "dpo", "best_of_n"],
 )
 async def test_a_run_that_was_stopped_goes_on_with_the_same_numbers(
     run: Run, monkeypatch: pytest.MonkeyPatch, words: list[str]
@@ -172,6 +174,33 @@ async def test_other_algorithms(run: Run, words: list[str], source: set[str]) ->
     assert {"score", "exact"} <= done.evaluation["best"].keys()
 
 
+async def test_each_round_may_begin_with_the_first_policy(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[dict[str, Any]] = []
+    real = seft.learn_policy
+
+    async def watched(cast: Any, config: Any, rows: Any, *more: Any) -> Any:
+        step = more[-1]
+        if config.round_of(step.index)[1] == 0:
+            folder = tmp_path / f"{config.from_start}-{step.index}"
+            await cast.policy.save(CheckpointRequest(path=str(folder)))
+            begun.append({"folder": folder, "rows": len(rows)})
+        return await real(cast, config, rows, *more)
+
+    monkeypatch.setattr(seft, "learn_policy", watched)
+    for words, same in (["from_start=true"], True), ([], False):
+        begun.clear()
+        done = await run(f"one-{same}", *words)
+        first, second = ((one["folder"] / "model.safetensors").read_bytes() for one in begun)
+        assert (first == second) == same
+        learnt = [sum(not one.problem for one in labels_of(text)) for text in done.rounds]
+        assert [one["rows"] for one in begun] == [learnt[0], learnt[1] + (learnt[0] if same else 0)]
+        # The warm-up begins anew, and so do the moments.
+        state = torch.load(begun[1]["folder"] / "trainer.pt", weights_only=True)
+        assert (state["version"] == 0) == same and bool(state["optimizer"]["state"]) != same
+
+
 async def test_a_stronger_model_replies_to_its_share(run: Run) -> None:
     base = await run("base", "steps=3")
     stronger = f"stronger={{model: {base.folder / 'policy'}}}"
@@ -212,6 +241,13 @@ def test_a_folder_that_is_no_reviser_is_refused(tmp_path: Path, capsys: pytest.C
         (["world=sorting", "reward={kind: outcome}"], "reward.trainer: best_of_n alone trains it"),
         (["world=sorting", "algorithm=sft", "choose=true"], "choose: it does nothing for this algorithm"),
         (["world=sorting", "evolution=internal", "stronger={}"], "stronger: it does nothing"),
+        (
+            ["world=sorting", "revisions=[a.jsonl]"],
+            "prompts, test_prompts, revisions: the world 'sorting' has its own",
+        ),
+        (["preferences=[a]", "algorithm=sft", "revisions=[b]"], "revisions: it does nothing for this algorithm"),
+        (["world=sorting", "rounds=1", "from_start=true"], "from_start: it does nothing"),
+        (["world=sorting", "algorithm=sft", "from_start=true"], "from_start: it does nothing"),
         (["world=sorting", "steps=901"], "steps: got 901; expected the end of a round, at most 1700"),
         (["world=sorting", "annotated_share=0.999"], "annotated_share: no target of the round is left"),
         (["world=sorting", "policy.trainer=null"], "policy.trainer: expected one"),
