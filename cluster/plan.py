@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 import torch
 
 from actors.policy.loading import load_outline
+from actors.router.backbone import encoder_source, outline_size
 from actors.router.chooser import encoder_size
 from cluster.config import MethodConfig
 from protocols.errors import BadInput
 from protocols.model import ModelConfig
 from protocols.policy import PolicyConfig
+from protocols.retriever import RetrieverConfig
 from protocols.reward_model import RewardModelConfig
 from protocols.router import FINE_TUNED, RouterConfig
 
@@ -157,6 +159,15 @@ def router_processes(name: str, config: RouterConfig) -> Iterator[Process]:
         yield Process(_numbered(name, index, own.replicas), own.cpus, own.gpus, parts, computes_on=config.device)
 
 
+def retriever_processes(name: str, config: RetrieverConfig) -> Iterator[Process]:
+    """The processes of a retriever or of its shards: an encoder if it has one. Indexes are read by memory map."""
+    own, encodes = config.resources, config.kind in ("dense", "hybrid")
+    parts = _in_gib({"weights": outline_size(encoder_source(config.encoder)) * WEIGHT} if encodes else {})
+    role, count = (name, own.replicas) if config.shards == 1 else (f"{name}-shard", config.shards)
+    for index in range(count):
+        yield Process(_numbered(role, index, count), own.cpus, own.gpus, parts, computes_on=config.device)
+
+
 def _trainer_bytes(config: ModelConfig, size: Size) -> tuple[dict[str, float], dict[str, float]]:
     """Bytes of one rank: on its device, and in the machine's memory when the optimiser is kept there."""
     trainer = config.trainer
@@ -277,7 +288,9 @@ def _gpus_for(wanted: float, free: Sequence[float]) -> list[int] | None:
     return fitting[:count] if len(fitting) >= count else None
 
 
-def plan(config: MethodConfig, models: Mapping[str, ModelConfig], nodes: Sequence[Node]) -> list[Placed]:
+def plan(
+    config: MethodConfig, models: Mapping[str, ModelConfig | RetrieverConfig], nodes: Sequence[Node]
+) -> list[Placed]:
     """Where each process of the models goes. The actors of other kinds hold no weights and take no core."""
     wanted: list[Process] = []
     for name, model in models.items():
@@ -285,6 +298,8 @@ def plan(config: MethodConfig, models: Mapping[str, ModelConfig], nodes: Sequenc
             wanted += reward_processes(name, model, size_of(model))
         elif isinstance(model, RouterConfig):
             wanted += router_processes(name, model)
+        elif isinstance(model, RetrieverConfig):
+            wanted += retriever_processes(name, model)
         elif isinstance(model, PolicyConfig) and model.at is None:
             wanted += processes(name, model, size_of(model))
     return place(wanted, nodes, inline=config.transport == "inline")

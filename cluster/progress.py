@@ -75,7 +75,8 @@ class Progress:
         """Step `index` was committed; step 0 is the state before the first update."""
         now = self._clock()
         if index > self.done:
-            self._durations.append(now - self._last)
+            # Some say only now and then how far they are.
+            self._durations.append((now - self._last) / (index - max(self.done, 0)))
         self._last, self.done, self._activity = now, index, ""
         shown = {name: short(metrics[name]) for name in self._headline if name in metrics}
         self._headline.update(shown)

@@ -102,16 +102,18 @@ class Config(MethodConfig):
         return self
 
 
-def policies(config: Config) -> dict[str, ModelConfig]:
+def policies(config: Config) -> dict[str, ModelConfig | RetrieverConfig]:
     """What the plan counts."""
     if config.attach:
         return {}
-    found: dict[str, ModelConfig] = {"policy": config.policy}
+    found: dict[str, ModelConfig | RetrieverConfig] = {"policy": config.policy}
     if config.reward_model is not None and config.reward_model.kind != "rules":
         found["reward_model"] = config.reward_model
     found |= config.pool
     if config.router is not None:
         found["router"] = config.router
+    if config.retriever is not None:
+        found["retriever"] = config.retriever
     return found
 
 

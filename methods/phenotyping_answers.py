@@ -126,18 +126,18 @@ async def ask(
     mine.sort(key=lambda one: (sum(len(turn.content) for turn in one.messages), one.key))
     calls = [mine[start : start + asker.per_call] for start in range(0, len(mine), asker.per_call)]
     left = [call for call in calls if not all(one.key in known for one in call)]
-    done, turn = sum(map(len, calls)) - sum(map(len, left)), asyncio.Semaphore(asker.at_once)
+    done, waiting = sum(map(len, calls)) - sum(map(len, left)), iter(left)
 
-    async def one_call(call: Sequence[Question]) -> None:
+    async def work() -> None:
         nonlocal done
-        async with turn:
+        for call in waiting:
             said = await answered(asker, call, bucket)
             store.add(said)
             known.update(said)
             done += len(call)
             show(done, len(mine))
 
-    tasks = [asyncio.ensure_future(one_call(call)) for call in left]
+    tasks = [asyncio.ensure_future(work()) for _ in range(asker.at_once)]
     try:
         await asyncio.gather(*tasks)
     finally:

@@ -26,9 +26,9 @@ from protocols.tensor import Tensor
 from protocols.training import TrainRow
 
 COLUMNS = ("concept", "sentence", "negation", "temporality", "experiencer")
-AROUND = 200
+AROUND = 100
 """Characters of a sentence that are kept on each side of the concept."""
-ROWS = 32
+ROWS = 16
 INVENTED: dict[Answer, list[str]] = {
     "no": [
         "The risks of surgery, including {c}, bleeding and [it], were explained.",

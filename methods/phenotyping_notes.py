@@ -163,7 +163,7 @@ def line_cuts(file: Path, size: int) -> Iterator[tuple[int, int, int]]:
     """Parts that begin and end with lines."""
     start, line, place, lines = 0, 1, 0, 0
     with open(file, "rb") as stream:
-        while chunk := stream.read(CHUNK):
+        while chunk := stream.read(min(CHUNK, size)):
             if place + len(chunk) - start >= size and (at := chunk.rfind(b"\n")) >= 0:
                 end = place + at + 1
                 lines += chunk.count(b"\n", 0, at + 1)

@@ -163,7 +163,7 @@ class Window(Message):
     snap: int = Field(default=80, ge=0)
     """Edges move outward to the end of a sentence or line, if there is one within so many characters."""
     max_characters: int = Field(default=1200, ge=1)
-    """Longer spans are cut between matches, never within one."""
+    """Longer spans are cut between matches, never within one; text that is too far from one is left out."""
 
 
 class SnippetsRequest(Message):

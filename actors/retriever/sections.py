@@ -7,9 +7,7 @@ from functools import cached_property
 
 CAPITALS = r"[A-Z0-9][A-Z0-9/&'()# -]{1,60}"
 TITLE = r"[A-Z][a-z]+(?:[ /-](?:[A-Z][a-z]+|of|and|the|in|for|on)){0,6}"
-IN_CAPITALS = rf"(?:^|(?<=,))[ \t]{{0,8}}({CAPITALS})(?=[:,]|\r?$)"
-IN_TITLE_CASE = rf"(?:^|(?<=[.:],)|(?<=[.:] ,))[ \t]{{0,8}}({TITLE})(?=[ \t]{{0,8}}:)"
-HEADER = re.compile(f"{IN_CAPITALS}|{IN_TITLE_CASE}", re.MULTILINE)
+HEADER = re.compile(rf"[\n,][ \t]{{0,8}}(?:({CAPITALS})(?=[:,]|\r?$)|({TITLE})(?=[ \t]{{0,8}}:))", re.MULTILINE)
 """Words in capitals before a colon, a comma or the end of the line; words with a capital each before a colon. They
 stand at the beginning of a line, or behind a comma without a space: some notes have commas for line breaks."""
 LEAST = 4
@@ -24,19 +22,27 @@ class Sections:
 
     @cached_property
     def _headers(self) -> tuple[list[int], list[str]]:
-        found = [match for match in HEADER.finditer(self.text) if self._is_header(match)]
+        # The first line begins behind a line break too, so places in it are those behind theirs in the text.
+        lines = f"\n{self.text}"
+        found = [match for match in HEADER.finditer(lines) if is_header(match)]
         return [match.start() for match in found], [(match[1] or match[2]).strip() for match in found]
-
-    def _is_header(self, match: re.Match[str]) -> bool:
-        if match[2] or self.text[match.end() : match.end() + 1] == ":":
-            return sum(map(str.isalpha, match[0])) > 1
-        # Behind a colon or another word in capitals it is an item of a list.
-        before = self.text[max(0, match.start() - 2) : match.start()]
-        begins = not before.endswith(",") or before[0] in ".!?)" or before[0].islower() or before[0].isdigit()
-        return begins and sum(map(str.isalpha, match[1])) >= LEAST
 
     def at(self, place: int) -> str:
         """Header of the section around a character; empty before the first one."""
         starts, names = self._headers
         index = bisect_right(starts, place) - 1
         return names[index] if index >= 0 else ""
+
+
+def is_header(match: re.Match[str]) -> bool:
+    """Whether what looks like a header is one, and not an item of a list."""
+    colon, begins_line = match.string.startswith(":", match.end()), match[0][0] == "\n"
+    before = match.string[max(0, match.start() - 2) : match.start()].rstrip()[-1:]
+    if match[2]:
+        return begins_line or before in (".", ":")
+    letters = sum(map(str.isalpha, match[1]))
+    if colon:
+        return letters > 1
+    # Behind a colon, a space or another word in capitals it is an item.
+    behind_text = before in (".", "!", "?", ")") or before.islower() or before.isdigit()
+    return letters >= LEAST and (begins_line or (behind_text and not match[0][1].isspace()))

@@ -10,7 +10,7 @@ from itertools import pairwise
 from actors.retriever.pattern import merged
 from protocols.retriever import Match, Window
 
-ENDS = re.compile(r"([.!?](?=[\s,]|\Z)|(?=\r?\n))[\s,]*")
+ENDS = re.compile(r"[.!?\n](?:(?<=\n)|(?=[\s,]|\Z))[\s,]*")
 """The end of a sentence or line, and what stands before the next one. Some notes have commas for line breaks."""
 
 Span = tuple[int, int]
@@ -24,8 +24,8 @@ class Edges:
 
     @cached_property
     def _places(self) -> tuple[list[int], list[int]]:
-        found = [(match.end(), match.end(1)) for match in ENDS.finditer(self.text)]
-        return [0, *(start for start, _ in found)], [*(end for _, end in found), len(self.text)]
+        found = list(ENDS.finditer(self.text))
+        return [0, *(match.end() for match in found)], [*(_end(match) for match in found), len(self.text)]
 
     def snapped(self, span: Span, most: int) -> Span:
         """The span with its edges moved outward to the next end of a sentence or line, if that is so near."""
@@ -35,6 +35,13 @@ class Edges:
         start = starts[bisect_right(starts, span[0]) - 1]
         end = ends[bisect_left(ends, span[1])]
         return start if span[0] - start <= most else span[0], end if end - span[1] <= most else span[1]
+
+
+def _end(match: re.Match[str]) -> int:
+    """Behind a full stop, before a line break."""
+    if match[0][0] != "\n":
+        return match.start() + 1
+    return match.start() - match.string.startswith("\r", max(0, match.start() - 1))
 
 
 def windows(edges: Edges, matches: Sequence[Match], window: Window) -> list[tuple[Span, list[Match]]]:

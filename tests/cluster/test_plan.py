@@ -8,6 +8,7 @@ from cluster.config import MethodConfig
 from cluster.plan import AT_MOST, GIB, Node, Placed, Process, Size, check, place, plan, processes, size_of, table
 from protocols.errors import BadInput
 from protocols.policy import PolicyConfig
+from protocols.retriever import RetrieverConfig
 
 SIZE = Size(weights=GIB, trained=GIB, cached_token=1000)
 
@@ -134,6 +135,19 @@ def test_a_process_takes_from_its_own_machine_alone() -> None:
 def test_in_one_process_memory_counts_and_nothing_else() -> None:
     placed = place([a_process("a", 5, weights=6), a_process("b", weights=6)], [Node("n", 1, 10)], inline=True)
     assert [one.problem for one in placed] == ["", "needs 6.0 GiB of memory, n has 4.0 left"]
+
+
+def test_retrievers_are_planned_as_they_are_started() -> None:
+    shards = RetrieverConfig(kind="dense", shards=2)
+    several = RetrieverConfig.model_validate({"kind": "pattern", "resources": {"cpus": 2, "replicas": 2}})
+    placed = plan(MethodConfig(transport="ray"), {"notes": shards, "patterns": several}, [Node("n", 6, 100)])
+    told = [(one.process.name, one.process.cpus, one.node, sorted(one.process.device)) for one in placed]
+    assert told == [
+        ("notes-shard-0", 1, "n", ["weights"]), ("notes-shard-1", 1, "n", ["weights"]),
+        ("patterns-0", 2, "n", []), ("patterns-1", 2, "n", []),
+    ]  # fmt: skip
+    # MiniLM has 23 million weights.
+    assert placed[0].process.on_device * GIB / 4 == pytest.approx(23e6, rel=0.05)
 
 
 def test_a_plan_is_of_all_policies() -> None:

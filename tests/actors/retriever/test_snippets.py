@@ -26,7 +26,7 @@ from protocols.retriever import (
     Window,
 )
 from protocols.service import Empty, Message
-from tests.actors.retriever.conftest import started
+from tests.actors.retriever.conftest import Starter
 
 PLAIN = Window(characters=0, snap=0, max_characters=10**6)
 
@@ -113,6 +113,7 @@ def test_case_counts_where_it_is_asked_for() -> None:
         ("PLAN: ,1. Sore.,2. moderately restricted.,2. Mild x.,DOPPLER,1. There is HIT", "DOPPLER"),
         ("LABORATORY:,  PSA 32.1,PROCEDURES:,  A HIT", "PROCEDURES"),
         ("PMH:  ,COPD, HIT,CABG,HTN", "PMH"),
+        ("HISTORY: arrest, COPD, HIT", "HISTORY"),
         ("HIT\nPLAN: none", ""),
         ("He said: HIT", ""),
     ],
@@ -235,7 +236,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("expression", "reason"), REFUSED.items())
-async def test_patterns_that_are_refused(expression: str, reason: str) -> None:
+async def test_patterns_that_are_refused(started: Starter, expression: str, reason: str) -> None:
     retriever = await started(kind="pattern")
     one = PatternSet(id="lungs", include=patterns("copd"), exclude=patterns("x", expression))
     with pytest.raises(BadInput, match=re.escape(f"sets: 'lungs': exclude.1: got {expression!r}")) as caught:
@@ -243,7 +244,7 @@ async def test_patterns_that_are_refused(expression: str, reason: str) -> None:
     assert reason in caught.value.message
 
 
-async def test_a_retriever_of_patterns_keeps_no_index() -> None:
+async def test_a_retriever_of_patterns_keeps_no_index(started: Starter) -> None:
     retriever = await started(kind="pattern")
     asked: list[tuple[str, Message]] = [("index", IndexRequest()), ("search", SearchRequest(queries=["x"]))]
     assert (await retriever.info(Empty())).model_dump(exclude_defaults=True) == {"kind": "pattern", "documents": 0}
