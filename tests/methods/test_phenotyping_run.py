@@ -69,7 +69,8 @@ def run(tmp_path: Path, toys: Any) -> Run:
             file.write_text("".join(json.dumps(one) + "\n" for one in notes))
         given = [
             f"notes=[{file}]", f"definitions=[{tmp_path / 'velto.yaml'}, {tmp_path / 'kolo.yaml'}]",
-            "steps=3", "part_bytes=300", "questions_per_call=2", "wandb=disabled", f"runs_dir={tmp_path / 'runs'}", f"run={name}",
+            "steps=3", "part_bytes=300", "questions_per_call=2", "wandb=disabled",
+            f"runs_dir={tmp_path / 'runs'}", f"run={name}",
         ]  # fmt: skip
         config = configure(phenotyping.Config, [*given, *words], None, phenotyping.preset)
         policy = reader(toys)
