@@ -71,6 +71,8 @@ IDEAS = {
     "weighted by confidence": Arm([*EXTERNAL, "by_confidence=true"], []),
     "choice between reply and revision": Arm([*EXTERNAL, "choose=true"], []),
     "a quarter of each step is best annotated replies": Arm([*EXTERNAL, "annotated_share=0.25"], []),
+    "four rounds": Arm([*EXTERNAL, "rounds=4", "drift.enforce=false"], []),
+    "each round from the first policy": Arm([*EXTERNAL, "from_start=true", "drift.enforce=false"], []),
 }
 
 

@@ -1,6 +1,7 @@
 """Work on many parts of the input, in this process or by Ray Data beside the data."""
 
 import asyncio
+import pickle
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -32,7 +33,7 @@ async def _one_by_one(
 async def _by_ray_data(
     work: Callable[[Part], Awaitable[Result]], parts: Sequence[Part], at_once: int
 ) -> AsyncGenerator[Result, None]:
-    """In Ray tasks, `at_once` of them, in the order in which they end. What they raise is raised here.
+    """In Ray tasks, `at_once` of them. What they raise is raised here.
 
     A part whose worker dies is worked on again by another.
     """
@@ -41,23 +42,25 @@ async def _by_ray_data(
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    # The order of results is that of ending, and a part is one block, so that one that fails costs itself alone.
-    rows = ray.data.from_items([{"part": part} for part in parts], override_num_blocks=len(parts))
-    done = rows.map(partial(_worked, work), num_cpus=0, concurrency=at_once)
-    iterator = iter(done.iter_rows(prefetch_batches=0))
+    # A part is one block, so that one that fails costs itself alone. Columns of bytes spare Arrow from guessing.
+    rows = ray.data.from_items([{"part": pickle.dumps(part)} for part in parts], override_num_blocks=len(parts))
+    done = rows.map(partial(_worked, work), num_cpus=0, compute=ray.data.TaskPoolStrategy(size=at_once))
+    iterator = iter(done.iter_rows())
     while (row := await asyncio.to_thread(next, iterator, None)) is not None:
-        if isinstance(row["result"], RepertoryError):
-            raise row["result"]
-        yield row["result"]
+        found = pickle.loads(row["found"])
+        if isinstance(found, RepertoryError):
+            raise found
+        yield found
 
 
-def _worked(work: Callable[[Any], Awaitable[Any]], row: dict[str, Any]) -> dict[str, Any]:
+def _worked(work: Callable[[Any], Awaitable[Any]], row: dict[str, bytes]) -> dict[str, bytes]:
     """One part, in a Ray task; an error of ours comes back as a value, for Ray would wrap it."""
 
     async def once() -> Any:
-        return await work(row["part"])
+        return await work(pickle.loads(row["part"]))
 
     try:
-        return {"result": asyncio.run(once())}
+        found = asyncio.run(once())
     except RepertoryError as error:
-        return {"result": error}
+        found = error
+    return {"found": pickle.dumps(found)}

@@ -117,21 +117,53 @@ def logprobs_and_entropy(
     return at_targets(all_BKV, targets_BK), entropy_BK
 
 
+NEAR_END = 8
+"""Tokens at the end of a row within which another may leave it and still be scored with it."""
+
+
+def hosts_of(rows: Sequence[NDArray[np.int32]]) -> list[int]:
+    """For each row the row that it can be scored with: one that begins with all of its tokens but the last.
+
+    So answers to one prompt, which differ in their few tokens, cost one row. A row that has none is its own.
+    """
+    hosts = list(range(len(rows)))
+    known: dict[bytes, int] = {}
+    for i in sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i)):
+        row = rows[i]
+        hosts[i] = known.get(row[:-1].tobytes(), i) if len(row) > 1 else i
+        if hosts[i] == i:
+            for cut in range(1, min(NEAR_END, len(row) - 1) + 1):
+                known.setdefault(row[:-cut].tobytes(), i)
+    return hosts
+
+
 @torch.no_grad()
 def score(
     model: Any, rows: Sequence[NDArray[np.int32]], temperature: float, budget: int
 ) -> list[NDArray[np.float32]]:
     """Log-probs of every token of every row, float32[T] each; entry 0 is 0."""
     results: list[NDArray[np.float32]] = [np.zeros(len(row), np.float32) for row in rows]
-    for group in by_length([len(row) for row in rows], budget):
-        chosen = [rows[i] for i in group]
-        width = max(len(row) for row in chosen)
+    hosts = hosts_of(rows)
+    own = [i for i, host in enumerate(hosts) if host == i]
+    guests: dict[int, list[int]] = {i: [] for i in own}
+    for i, host in enumerate(hosts):
+        if host != i:
+            guests[host].append(i)
+    for group in by_length([len(rows[i]) for i in own], budget):
+        chosen = [own[place] for place in group]
+        width = max(len(rows[i]) for i in chosen)
         if width < 2:
             continue
-        logits, targets, _ = logits_of(model, chosen, np.ones((len(chosen), width), np.bool_))
-        logprobs_BK = at_targets(log_softmax(logits, temperature), targets).cpu().numpy()
-        for i, logprobs_K in zip(group, logprobs_BK, strict=True):
+        every = [rows[i] for i in chosen]
+        logits, targets, _ = logits_of(model, every, np.ones((len(chosen), width), np.bool_))
+        all_BKV = log_softmax(logits, temperature)
+        logprobs_BK = at_targets(all_BKV, targets).cpu().numpy()
+        for b, (i, logprobs_K) in enumerate(zip(chosen, logprobs_BK, strict=True)):
             results[i][1:] = logprobs_K[: len(rows[i]) - 1]
+            for guest in guests[i]:
+                last = len(rows[guest]) - 1
+                results[guest][1:last] = logprobs_K[: last - 1]
+                results[guest][last] = float(all_BKV[b, last - 1, int(rows[guest][last])])
     return results
 
 

@@ -3,9 +3,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from actors.policy.forward import SHARING, logits_of, longest_shared
+from actors.policy.forward import NEAR_END, SHARING, hosts_of, logits_of, longest_shared, score
 from actors.policy.loading import Loaded
 
 SMALL: dict[str, Any] = {
@@ -86,3 +88,22 @@ def test_a_shared_prompt_and_all_that_follows_is_one_row(llama: Loaded, forward_
 def test_rows_longer_than_a_window_do_not_share(kind: str, options: dict[str, Any], longest: int | None) -> None:
     found = longest_shared(CONFIG_MAPPING[kind](**options))
     assert found == longest if longest is not None else found > 1 << 30
+
+
+def test_answers_to_one_prompt_are_one_row() -> None:
+    prompt = list(range(1, 20))
+    rows = [[*prompt, 3], [*prompt, 4], [*prompt, 5, 6, 7], [*prompt, 5, 9], prompt, [2], [*prompt, 3], [8, 9]]
+    found = hosts_of([np.asarray(row, np.int32) for row in rows])
+    assert found == [2, 2, 2, 2, 2, 5, 2, 7]
+    far = [*prompt, *range(NEAR_END + 1)]
+    assert hosts_of([np.asarray(row, np.int32) for row in (far, [*prompt, 49])]) == [0, 1]
+
+
+@given(st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=9), min_size=1, max_size=12), st.integers(8, 64))
+def test_rows_score_together_as_alone(rows: list[list[int]], budget: int) -> None:
+    model = a_model("llama")
+    tokens = [np.asarray(row, np.int32) for row in rows]
+    for together, row in zip(score(model, tokens, 0.7, budget), tokens, strict=True):
+        (alone,) = score(model, [row], 0.7, budget)
+        np.testing.assert_allclose(together, alone, atol=2e-5)
+        assert together[0] == 0
