@@ -91,7 +91,7 @@ async def read_notes(
         done += 1
         step.activity(f"notes: part {done} of {len(parts)}")
     counts = [PartCounts.model_validate_json(counts_file(folder, part.index).read_text()) for part in parts]
-    return {name: float(sum(getattr(one, name) for one in counts)) for name in PartCounts.model_fields}
+    return {f"scan/{name}": float(sum(getattr(one, name) for one in counts)) for name in PartCounts.model_fields}
 
 
 def check_unchanged(file: Path, parts: Sequence[Part]) -> None:

@@ -167,7 +167,7 @@ def summary(
         lines.append(SummaryRow(name=one.phenotype_id, before=known(other.f1), after=known(mine.f1), note=note))
     t = {name: f"{int(value):,}" for name, value in totals.items()}
     notes = [
-        f"{t['notes']} notes read, {t['rejects']} rows rejected (rejects.jsonl); {t['patients']} patients;"
+        f"{t['scan/notes']} notes read, {t['scan/rejects']} rows rejected (rejects.jsonl); {t['patients']} patients;"
         f" {t['snippets']} snippets.",
         f"{t['questions']} questions, {t['asked']} of them asked: {t['tokens']} tokens of prompts, {t['decoded']}"
         " sampled.",
