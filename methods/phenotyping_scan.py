@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -36,7 +36,8 @@ class Finding(Message):
     text: str
     """What stands there."""
     matches: list[tuple[int, int]]
-    """First character and the place behind the last of each match, in the note's text."""
+    """First character and the place behind the last of each match, in the note's text; those of several patterns that
+    overlap are one."""
     section: str = ""
     """Header above it."""
     raw: tuple[int, int] | None = None
@@ -169,10 +170,21 @@ def finding_of(snippet: Snippet, note: Note) -> Finding:
         start=snippet.start,
         end=snippet.end,
         text=snippet.text,
-        matches=[(match.start, match.end) for match in snippet.matches],
+        matches=apart((match.start, match.end) for match in snippet.matches),
         section=snippet.section,
         raw=raw,
     )
+
+
+def apart(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Spans in order, those that overlap as one."""
+    found: list[tuple[int, int]] = []
+    for start, end in sorted(spans):
+        if found and start < found[-1][1]:
+            found[-1] = found[-1][0], max(found[-1][1], end)
+        else:
+            found.append((start, end))
+    return found
 
 
 def bucket_of(patient_id: str, buckets: int) -> int:

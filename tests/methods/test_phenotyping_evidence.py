@@ -13,7 +13,7 @@ from methods.phenotyping_evidence import (
     normalised,
     trigrams,
 )
-from methods.phenotyping_scan import Finding, Scanned
+from methods.phenotyping_scan import Finding, Scanned, apart
 
 DISEASE = Definition(
     phenotype_id="velto",
@@ -114,3 +114,7 @@ def test_the_order_of_notes_does_not_matter(rows: list[tuple[list[str], str]], r
     assert evidence_of(notes, DISEASE, EvidenceConfig(most=3)) == found
     in_groups = sum(1 + len(group.also_in) for group in found.groups)
     assert found.dropped.get("beyond the cap", 0) or in_groups == found.found == len(notes)
+
+
+def test_matches_of_several_patterns_are_one_where_they_overlap() -> None:
+    assert apart([(5, 9), (0, 4), (5, 9), (7, 12), (12, 14)]) == [(0, 4), (5, 12), (12, 14)]
