@@ -19,7 +19,7 @@ from methods.phenotyping_answers import AnswerStore, Asker, ask, make_asker
 from methods.phenotyping_config import Config, preset
 from methods.phenotyping_decide import Decided, Origin, cases_of, decided
 from methods.phenotyping_definition import Definition
-from methods.phenotyping_notes import Part, parts_of
+from methods.phenotyping_notes import Part, check_tables, parts_of
 from methods.phenotyping_report import finish, metrics_of
 from methods.phenotyping_scan import PartCounts, Scan, bucket_name, counts_file, read_bucket, scan_part, spread
 from methods.phenotyping_source import model_digest, source_of
@@ -48,6 +48,7 @@ async def run(cluster: Cluster, config: Config) -> None:
     # Patterns are checked before anything is read.
     await retriever.snippets(SnippetsRequest(sets=sets, window=config.window))
     parts = parts_of(source.notes, config.part_bytes)
+    check_tables(parts, config.columns, config.encoding)
     policy = await cluster.policy(config.policy.model_copy(update={"model": source.model}))
     info = await policy.info(Empty())
     asker = await make_asker(

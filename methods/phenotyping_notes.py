@@ -209,6 +209,13 @@ def read_part(part: Part, columns: Mapping[str, str], encoding: str = "utf-8") -
             yield row
 
 
+def check_tables(parts: Sequence[Part], columns: Mapping[str, str], encoding: str) -> None:
+    """Raise BadInput for the first table that lacks a column, or cannot be opened, before anything is read."""
+    for part in parts:
+        if part.format in ("csv", "parquet") and part.start == 0:
+            next(read_part(part, columns, encoding), None)
+
+
 Found = Iterator[tuple[str, Note | BadRow]]
 
 

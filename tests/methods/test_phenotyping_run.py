@@ -376,6 +376,17 @@ def test_bad_configuration(
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_table_without_a_column_is_refused_before_anything_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "d.yaml").write_text(VELTO)
+    (tmp_path / "n.csv").write_text("patient_id,note_id\n1,2\n")
+    given = [f"notes=[{tmp_path / 'n.csv'}]", f"definitions=[{tmp_path / 'd.yaml'}]", f"runs_dir={tmp_path / 'runs'}"]
+    assert main(["phenotyping", *given, "wandb=disabled"]) == 2
+    assert "has no column text or note_text" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [("(a", "missing )"), ("a*", "matches the empty string"), ("(a{900}){900}", "include.0")],
