@@ -83,7 +83,8 @@ class Config(MethodConfig):
     """Answers the questions; it does not learn."""
     mentions: list[str] = []
     """.tsv of labelled mentions (concept, sentence, negation, temporality, experiencer), from which the policy is
-    taught first: a way to try the method without a large model."""
+    taught first, those left out that name a disease of the definitions: a way to try the method without a large
+    model."""
     mention_steps: int = Field(default=400, ge=1)
     """Optimiser steps of that."""
     mention_rate: float = Field(default=1e-3, gt=0)

@@ -15,12 +15,14 @@ import numpy as np
 
 from cluster.cluster import Cluster
 from cluster.seeds import derive_seed
+from methods.phenotyping_definition import Definition
 from methods.phenotyping_prompts import PLACEHOLDER, Answer
 from methods.worlds.bases import base_of
 from methods.worlds.teaching import teach
 from protocols.errors import BadInput
 from protocols.messages import ChatMessage, Prompt
 from protocols.policy import PolicyConfig, PolicyService, TokenizeRequest
+from protocols.retriever import Document, RetrieverService, SnippetsRequest
 from protocols.service import Empty
 from protocols.tensor import Tensor
 from protocols.training import TrainRow
@@ -75,6 +77,8 @@ class Mention(NamedTuple):
 
     text: str
     answer: Answer
+    sentence: str
+    """As it was, with the concept."""
 
 
 def read_mentions(paths: Sequence[str]) -> list[Mention]:
@@ -112,7 +116,7 @@ def mention_of(row: dict[str, str], place: str) -> Mention | None:
     text = sentence[max(0, at - AROUND) : at] + PLACEHOLDER + sentence[end : end + AROUND]
     so = row["negation"] == "Affirmed" and row["temporality"] != "Not particular" and row["experiencer"] == "Patient"
     # Two blanks stand for the end of a line.
-    return Mention(re.sub(r"\s+", " ", text).strip(), "yes" if so else "no")
+    return Mention(re.sub(r"\s+", " ", text).strip(), "yes" if so else "no", sentence)
 
 
 def invented() -> Iterator[Mention]:
@@ -120,7 +124,17 @@ def invented() -> Iterator[Mention]:
     for answer, texts in INVENTED.items():
         for text in texts:
             for other in OTHERS if "{c}" in text else OTHERS[:3]:
-                yield Mention(text.replace("{c}", other), answer)
+                yield Mention(text.replace("{c}", other), answer, text)
+
+
+async def unrelated(
+    mentions: Sequence[Mention], retriever: RetrieverService, definitions: Sequence[Definition]
+) -> list[Mention]:
+    """Those whose sentences name none of the diseases, so that the policy is taught on others alone."""
+    documents = [Document(id=f"{i}", text=one.sentence) for i, one in enumerate(mentions)]
+    request = SnippetsRequest(documents=documents, sets=[one.pattern_set() for one in definitions])
+    named = {int(one.document) for one in (await retriever.snippets(request)).snippets}
+    return [one for i, one in enumerate(mentions) if i not in named]
 
 
 async def mention_base(

@@ -17,7 +17,7 @@ from cluster.seeds import derive_seed
 from methods.phenotyping_config import Config
 from methods.phenotyping_definition import Definition, read_definitions
 from methods.phenotyping_evidence import EvidenceConfig, evidence_of
-from methods.phenotyping_mentions import mention_base, read_mentions
+from methods.phenotyping_mentions import mention_base, read_mentions, unrelated
 from methods.phenotyping_notes import Note, plain
 from methods.phenotyping_prompts import messages_of
 from methods.phenotyping_rules import Fact, Rule
@@ -55,7 +55,7 @@ async def source_of(cluster: Cluster, config: Config, retriever: RetrieverServic
         model = await mention_base(
             cluster,
             config.policy,
-            read_mentions(config.mentions),
+            await unrelated(read_mentions(config.mentions), retriever, definitions),
             config.prompt.labels,
             config.mention_steps,
             config.mention_rate,
