@@ -52,7 +52,12 @@ async def run(cluster: Cluster, config: Config) -> None:
     policy = await cluster.policy(config.policy.model_copy(update={"model": source.model}))
     info = await policy.info(Empty())
     asker = await make_asker(
-        policy, config.prompt, info.context_length, config.questions_per_call, config.calls_at_once
+        policy,
+        config.prompt,
+        info.context_length,
+        config.questions_per_call,
+        config.calls_at_once,
+        structured=config.policy.sampler.engine == "vllm",
     )
     folder = cluster.directory.path
     origin = Origin(model_digest(source.model), config.prompt, folder.name)
@@ -122,14 +127,15 @@ async def decide_bucket(
     patients = read_bucket(folder / "buckets" / bucket_name(step.index))
     cases = cases_of(patients, definitions, config.evidence, origin)
     questions = [question for case in cases for question in case.questions]
+    asked_for = f"{origin.run}/{step.index}"
     said = await ask(
         asker,
         questions,
         store,
-        step.index,
+        asked_for,
         lambda done, of: step.activity(f"bucket {step.index}: {done} of {of} snippets asked"),
     )
-    found = decided(cases, said, step.index, config.reduce, origin)
+    found = decided(cases, said, asked_for, config.reduce, origin)
     write_decisions(folder / "decisions" / bucket_name(step.index), found)
     state.tokens += sum(one.tokens for one in found)
     if config.budget_tokens and state.tokens >= config.budget_tokens:

@@ -3,20 +3,25 @@
 import asyncio
 import sqlite3
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from methods.phenotyping_prompts import ANSWERS, PromptConfig
+from methods.phenotyping_prompts import ANSWERS, MOST_WRITTEN, Answer, PromptConfig
+from methods.phenotyping_sample import Asked, written
 from protocols.errors import BadInput, Corrupt
-from protocols.messages import ChatMessage, Prompt, SamplingParams
+from protocols.messages import ChatMessage, FinishReason, Prompt, SamplingParams
 from protocols.policy import PolicyService, SampleRequest, ScoreRequest, TokenizeRequest
 from protocols.tensor import Tensor
 
 Ids = NDArray[np.int32]
 KEYS_AT_ONCE = 500
+SURE: dict[Answer, tuple[float, float, float]] = {"yes": (1, 0, 0), "no": (0, 1, 0), "uncertain": (0.5, 0, 0.5)}
+"""What a written answer counts as (specification 2.6)."""
+COLUMNS = "key, yes, no, uncertain, tokens, decoded, asked_for, answer, status, quote_start, quote_end"
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,8 @@ class Question:
 
     key: str
     messages: list[ChatMessage]
+    snippet: str = ""
+    """The text that it is about, as it is shown; a written answer quotes from it."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +41,17 @@ class Said:
     probs: tuple[float, float, float] | None
     """Of yes, no and uncertain, among the three; None: the question exceeds the policy's context."""
     tokens: int
-    """Tokens of the prompt."""
+    """Tokens of the prompt, and of a second one where the first answer could not be used."""
     decoded: int = 0
     """Tokens that were sampled."""
-    bucket: int = 0
-    """Whose patients it was asked for."""
+    asked_for: str = ""
+    """The run, and which of its buckets."""
+    answer: Answer | Literal["failed"] = "failed"
+    """The most likely one, or the one that was written."""
+    status: str = ""
+    """Of a written answer: present, history, negated, ...; empty where none could be used."""
+    quote: tuple[int, int] | None = None
+    """Of a written answer: first character and the place behind the last in the snippet as it is shown."""
 
 
 class AnswerStore:
@@ -52,8 +65,11 @@ class AnswerStore:
             self._base.execute("PRAGMA synchronous=FULL")
             self._base.execute(
                 "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, yes REAL, no REAL, uncertain REAL,"
-                " tokens INTEGER NOT NULL, decoded INTEGER NOT NULL, bucket INTEGER NOT NULL) WITHOUT ROWID"
+                " tokens INTEGER NOT NULL, decoded INTEGER NOT NULL, asked_for TEXT NOT NULL, answer TEXT NOT NULL,"
+                " status TEXT NOT NULL, quote_start INTEGER, quote_end INTEGER) WITHOUT ROWID"
             )
+            # A table of another version is told now, and not after the first answers.
+            self._base.execute(f"SELECT {COLUMNS} FROM answers LIMIT 0")
         except sqlite3.Error as error:
             raise BadInput(f"answers: {file} cannot be used: {error}") from error
 
@@ -67,20 +83,25 @@ class AnswerStore:
         for start in range(0, len(keys), KEYS_AT_ONCE):
             piece = keys[start : start + KEYS_AT_ONCE]
             marks = ",".join("?" * len(piece))
-            rows = self._base.execute(f"SELECT * FROM answers WHERE key IN ({marks})", piece)
-            for key, yes, no, uncertain, tokens, decoded, bucket in rows:
+            rows = self._base.execute(f"SELECT {COLUMNS} FROM answers WHERE key IN ({marks})", piece)
+            for key, yes, no, uncertain, tokens, decoded, asked_for, answer, status, start, end in rows:
                 probs = None if yes is None else (yes, no, uncertain)
-                found[key] = Said(probs, tokens, decoded, bucket)
+                quote = None if start is None else (start, end)
+                found[key] = Said(probs, tokens, decoded, asked_for, answer, status, quote)
         return found
 
     def add(self, answers: dict[str, Said]) -> None:
         """Keep them; of one that is there already the first counts."""
         rows = [
-            (key, *(one.probs or (None, None, None)), one.tokens, one.decoded, one.bucket)
+            (
+                *(key, *(one.probs or (None, None, None)), one.tokens, one.decoded, one.asked_for),
+                *(one.answer, one.status, *(one.quote or (None, None))),
+            )
             for key, one in answers.items()
         ]
+        marks = ",".join("?" * len(COLUMNS.split(",")))
         with self._base:
-            self._base.executemany("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+            self._base.executemany(f"INSERT OR IGNORE INTO answers ({COLUMNS}) VALUES ({marks})", rows)
 
 
 @dataclass(frozen=True)
@@ -97,9 +118,27 @@ class Asker:
     """Questions in one call."""
     at_once: int
     """Calls under way at once."""
+    structured: bool = False
+    """Whether the policy can be held to the form of a written answer."""
+
+    @property
+    def room(self) -> int:
+        """Most tokens of a prompt."""
+        if self.prompt.answer == "sample":
+            return self.context - MOST_WRITTEN
+        thought = self.prompt.reasoning_tokens if self.prompt.variant == "reasoning" else 0
+        return self.context - max(map(len, self.heads)) - thought
 
 
-async def make_asker(policy: PolicyService, prompt: PromptConfig, context: int, per_call: int, at_once: int) -> Asker:
+async def make_asker(
+    policy: PolicyService,
+    prompt: PromptConfig,
+    context: int,
+    per_call: int,
+    at_once: int,
+    *,
+    structured: bool = False,
+) -> Asker:
     """Raises BadInput if the policy's tokenizer does not tell the answers apart."""
     texts = [Prompt(text=prompt.labels[one], uid=f"prompt.labels.{one}") for one in ANSWERS]
     told = (await policy.tokenize(TokenizeRequest(prompts=texts, continues=True))).tokens
@@ -109,11 +148,11 @@ async def make_asker(policy: PolicyService, prompt: PromptConfig, context: int, 
             f"prompt.labels: got {prompt.labels}, which are not three texts to the policy's tokenizer; expected words"
             " that it knows"
         )
-    return Asker(policy, prompt, heads, context, per_call, at_once)
+    return Asker(policy, prompt, heads, context, per_call, at_once, structured)
 
 
 async def ask(
-    asker: Asker, questions: Sequence[Question], store: AnswerStore, bucket: int, show: Callable[[int, int], None]
+    asker: Asker, questions: Sequence[Question], store: AnswerStore, asked_for: str, show: Callable[[int, int], None]
 ) -> dict[str, Said]:
     """Answers by key. What the store holds is not asked again.
 
@@ -122,7 +161,7 @@ async def ask(
     """
     distinct = {one.key: one for one in questions}
     known = store.known(list(distinct))
-    mine = [one for key, one in distinct.items() if key not in known or known[key].bucket == bucket]
+    mine = [one for key, one in distinct.items() if key not in known or known[key].asked_for == asked_for]
     mine.sort(key=lambda one: (sum(len(turn.content) for turn in one.messages), one.key))
     calls = [mine[start : start + asker.per_call] for start in range(0, len(mine), asker.per_call)]
     left = [call for call in calls if not all(one.key in known for one in call)]
@@ -131,7 +170,7 @@ async def ask(
     async def work() -> None:
         nonlocal done
         for call in waiting:
-            said = await answered(asker, call, bucket)
+            said = await answered(asker, call, asked_for)
             store.add(said)
             known.update(said)
             done += len(call)
@@ -146,35 +185,53 @@ async def ask(
     return known
 
 
-async def answered(asker: Asker, questions: Sequence[Question], bucket: int) -> dict[str, Said]:
+async def answered(asker: Asker, questions: Sequence[Question], asked_for: str) -> dict[str, Said]:
     """One call's worth."""
-    asked = [Prompt(messages=one.messages, uid=one.key) for one in questions]
-    tokens = [
-        one.array.astype(np.int32) for one in (await asker.policy.tokenize(TokenizeRequest(prompts=asked))).tokens
-    ]
-    longest = max(map(len, asker.heads))
-    thinks = asker.prompt.variant == "reasoning"
-    room = asker.context - longest - (asker.prompt.reasoning_tokens if thinks else 0)
-    fitting = [i for i, ids in enumerate(tokens) if len(ids) <= room]
-    prompts = [tokens[i] for i in fitting]
-    decoded = [0] * len(prompts)
-    if thinks and prompts:
-        prompts, decoded = await reasoned(asker, prompts)
-    probs = await label_probs(asker, prompts)
-    found = {one.key: Said(None, len(ids), 0, bucket) for one, ids in zip(questions, tokens, strict=True)}
-    for i, own, count in zip(fitting, probs, decoded, strict=True):
-        found[questions[i].key] = Said(own, len(tokens[i]), count, bucket)
+    tokens = await tokens_of(asker, questions)
+    found = {one.key: Said(None, len(ids), 0, asked_for) for one, ids in zip(questions, tokens, strict=True)}
+    fitting = [(one, ids) for one, ids in zip(questions, tokens, strict=True) if len(ids) <= asker.room]
+    told = await (in_writing if asker.prompt.answer == "sample" else by_labels)(asker, fitting)
+    for (one, _), said in zip(fitting, told, strict=True):
+        found[one.key] = replace(said, asked_for=asked_for)
     return found
+
+
+async def tokens_of(asker: Asker, questions: Sequence[Question]) -> list[Ids]:
+    """What the policy would read."""
+    if not questions:
+        return []
+    asked = [Prompt(messages=one.messages, uid=one.key) for one in questions]
+    told = (await asker.policy.tokenize(TokenizeRequest(prompts=asked))).tokens
+    return [one.array.astype(np.int32) for one in told]
+
+
+async def in_writing(asker: Asker, asked: Sequence[tuple[Question, Ids]]) -> list[Said]:
+    """Answers in the policy's own words."""
+    texts = [Asked(one.messages, ids, one.snippet) for one, ids in asked]
+    found = await written(asker.policy, asker.prompt, asker.context, texts, structured=asker.structured)
+    return [Said(SURE[one.answer], one.tokens, one.decoded, "", one.answer, one.status, one.quote) for one in found]
+
+
+async def by_labels(asker: Asker, asked: Sequence[tuple[Question, Ids]]) -> list[Said]:
+    """Probabilities of the answers, of which none is written."""
+    prompts, decoded = [ids for _, ids in asked], [0] * len(asked)
+    if asker.prompt.variant == "reasoning" and prompts:
+        prompts, decoded = await reasoned(asker, prompts)
+    return [
+        Said(probs, len(ids), count, "", ANSWERS[probs.index(max(probs))])
+        for (_, ids), probs, count in zip(asked, await label_probs(asker, prompts), decoded, strict=True)
+    ]
 
 
 async def reasoned(asker: Asker, prompts: Sequence[Ids]) -> tuple[list[Ids], list[int]]:
     """The prompts with what the policy says before it answers, and how many tokens that is."""
     params = SamplingParams(temperature=0.0, max_tokens=asker.prompt.reasoning_tokens, stop=["\n"])
     request = SampleRequest(prompts=[Prompt(tokens=Tensor(ids)) for ids in prompts], params=params)
-    said = [one.completions[0].tokens.array for one in (await asker.policy.sample(request)).results]
-    return [np.concatenate([ids, more]).astype(np.int32) for ids, more in zip(prompts, said, strict=True)], [
-        len(more) for more in said
-    ]
+    said = [one.completions[0] for one in (await asker.policy.sample(request)).results]
+    # The answer follows what was said, and not the end of it.
+    thoughts = [one.tokens.array[: -1 if one.finish_reason is FinishReason.STOP else None] for one in said]
+    longer = [np.concatenate([ids, more]).astype(np.int32) for ids, more in zip(prompts, thoughts, strict=True)]
+    return longer, [len(one.tokens) for one in said]
 
 
 async def label_probs(asker: Asker, prompts: Sequence[Ids]) -> list[tuple[float, float, float]]:

@@ -41,7 +41,7 @@ class Config(MethodConfig):
         "review",
         "budget_tokens",
     }
-    SHORTCUTS: ClassVar[dict[str, str]] = {}
+    SHORTCUTS: ClassVar[dict[str, str]] = {"answer": "prompt.answer"}
 
     steps: int = Field(default=16, ge=1)
     """Buckets over which patients are spread by a hash of their ids. Each is read, asked and decided in one step, and

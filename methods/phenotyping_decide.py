@@ -1,19 +1,22 @@
 """The reduce: a bucket of patients becomes decisions, each with the snippets that led to it."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from methods.phenotyping_answers import Question, Said
 from methods.phenotyping_definition import Definition
 from methods.phenotyping_evidence import Evidence, EvidenceConfig, Group, current, evidence_of
-from methods.phenotyping_prompts import PromptConfig, key_of, messages_of
+from methods.phenotyping_prompts import PromptConfig, key_of, messages_of, shown
 from methods.phenotyping_reduce import Decision, ReduceConfig, decide, patient_score
+from methods.phenotyping_sample import in_note
 from methods.phenotyping_scan import Finding, Scanned
 from protocols.service import Message
 
 NEAR = 1e-3
 """Scores so near to the threshold may fall to the other side on another machine."""
 DIGITS = 6
+UNDECIDED = 0.5
 
 
 class Place(Message):
@@ -39,9 +42,13 @@ class Cited(Message):
     matches: list[tuple[int, int]]
     """First character and the place behind the last of each match, in the note."""
     p: float | None
-    """p(yes); unset where the snippet was too long for the policy."""
+    """p(yes), of written answers 1, 0.5 or 0; unset where the snippet was too long for the policy."""
     answer: str
-    """Yes, no or uncertain, whichever is most likely; failed without one."""
+    """Yes, no or uncertain, whichever is most likely or was written; failed without one."""
+    status: str = ""
+    """Of a written answer: present, history, negated, family, possible, risk_or_prophylaxis or other_sense."""
+    evidence: tuple[int, int] | None = None
+    """Of a written answer: first character and the place behind the last, in the note, of what it quotes."""
     date: str = ""
     """Of the note."""
     note_type: str = ""
@@ -132,23 +139,36 @@ def cases_of(
             evidence = evidence_of(notes, definition, config)
             parts = [definition.digest, origin.prompt.digest, origin.model]
             asked = [messages_of(group, definition, origin.prompt) for group in evidence.groups]
-            questions = [Question(key_of(parts, messages), messages) for messages in asked]
+            questions = [
+                Question(key_of(parts, messages), messages, shown(group.finding, mask=origin.prompt.mask))
+                for group, messages in zip(evidence.groups, asked, strict=True)
+            ]
             cases.append(Case(patient, definition, len(notes), doubled, evidence, questions))
     return cases
 
 
+def rule_of(reduce: ReduceConfig | None, definition: Definition, prompt: PromptConfig) -> ReduceConfig:
+    """How a phenotype is decided. A written uncertain scores 0.5, which must not pass for a yes at a threshold of
+    0.5: scores of just that are uncertain."""
+    rule = reduce or definition.reduce
+    if prompt.answer != "sample" or rule.threshold != UNDECIDED:
+        return rule
+    band = rule.band or (UNDECIDED, UNDECIDED)
+    return rule.model_copy(update={"threshold": math.nextafter(UNDECIDED, 1), "band": band})
+
+
 def decided(
-    cases: Sequence[Case], said: Mapping[str, Said], bucket: int, reduce: ReduceConfig | None, origin: Origin
+    cases: Sequence[Case], said: Mapping[str, Said], asked_for: str, reduce: ReduceConfig | None, origin: Origin
 ) -> list[Decided]:
     """Decisions in the order of the cases. A question counts for the first case of its bucket that asks it."""
     seen: set[str] = set()
     found = []
     for case in cases:
-        rule = reduce or case.definition.reduce
+        rule = rule_of(reduce, case.definition, origin.prompt)
         answers = [said[question.key] for question in case.questions]
         mine: list[Said] = []
         for question, answer in zip(case.questions, answers, strict=True):
-            if question.key not in seen and answer.bucket == bucket:
+            if question.key not in seen and answer.asked_for == asked_for:
                 mine.append(answer)
             seen.add(question.key)
         usable = [(i, one.probs[0]) for i, one in enumerate(answers) if one.probs is not None]
@@ -172,7 +192,10 @@ def decided(
                 n_sent=len(case.evidence.groups),
                 near_threshold=bool(usable) and abs(score - rule.threshold) < NEAR,
                 dropped=case.evidence.dropped,
-                evidence=[cited(*pair, case.doubled) for pair in zip(case.evidence.groups, answers, strict=True)],
+                evidence=[
+                    cited(group, answer, case.doubled, mask=origin.prompt.mask)
+                    for group, answer in zip(case.evidence.groups, answers, strict=True)
+                ],
                 asked=len(mine),
                 tokens=sum(one.tokens for one in mine),
                 decoded=sum(one.decoded for one in mine),
@@ -184,12 +207,9 @@ def decided(
     return found
 
 
-def cited(group: Group, said: Said, doubled: set[str]) -> Cited:
+def cited(group: Group, said: Said, doubled: set[str], *, mask: bool) -> Cited:
     """A snippet with its answer."""
     note, finding = group.note, group.finding
-    answer = "failed"
-    if said.probs is not None:
-        answer = ("yes", "no", "uncertain")[said.probs.index(max(said.probs))]
     return Cited(
         note_id=note.note_id,
         start=finding.start,
@@ -197,7 +217,9 @@ def cited(group: Group, said: Said, doubled: set[str]) -> Cited:
         quote=finding.text,
         matches=finding.matches,
         p=None if said.probs is None else round(said.probs[0], DIGITS),
-        answer=answer,
+        answer=said.answer,
+        status=said.status,
+        evidence=said.quote and in_note(finding, said.quote, mask=mask),
         date=note.date,
         note_type=note.note_type,
         section=finding.section,

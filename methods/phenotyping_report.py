@@ -12,7 +12,7 @@ from pathlib import Path
 from cluster.run_directory import write_atomically
 from cluster.summary import Summary, SummaryRow
 from methods.phenotyping_config import Config
-from methods.phenotyping_decide import Decided, Origin, Place
+from methods.phenotyping_decide import Decided, Origin, Place, rule_of
 from methods.phenotyping_eval import Evaluation, evaluate
 from methods.phenotyping_review import write_review
 from methods.phenotyping_scan import bucket_name, staged
@@ -140,7 +140,7 @@ def evaluated(folder: Path, config: Config, source: Source) -> list[Evaluation]:
     return [
         evaluate(
             definition,
-            config.reduce,
+            rule_of(config.reduce, definition, config.prompt),
             decisions[definition.phenotype_id],
             labels[definition.phenotype_id],
             source.facts,

@@ -4,114 +4,23 @@ import csv
 import json
 import logging
 import random
-import re
-from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 
-from cluster.cluster import Cluster
-from cluster.configure import configure
 from launch import main
 from methods import phenotyping, phenotyping_answers
 from methods.phenotyping_answers import AnswerStore, Question, Said, ask, make_asker, softmax
 from methods.phenotyping_prompts import PLACEHOLDER, PromptConfig
 from protocols.errors import BadInput, Corrupt
 from protocols.messages import ChatMessage
-from protocols.policy import PolicyConfig, PolicyService, ScoreRequest, ScoreResponse
-
-VELTO = """
-phenotype_id: velto
-version: 1
-name: Veltosis
-description: The patient has veltosis.
-terms: [veltosis]
-"""
-KOLO = VELTO.replace("velto", "kolo").replace("Velto", "Kolo") + "reduce: {by: count, count: 2}\n"
-Run = Callable[..., Awaitable[SimpleNamespace]]
-
-
-def reader(toys: Any, context: int = 1 << 20) -> Any:
-    """Says yes to a snippet unless it denies; keeps all texts that it was asked about."""
-
-    class Reader(toys.Policy):  # type: ignore[misc]
-        async def score(self, request: ScoreRequest) -> ScoreResponse:
-            self.scored.append(request)
-            logprobs = []
-            for tokens in request.sequences:
-                text, label = self._decode(tokens.array[:-1]), self._decode(tokens.array[-1:])
-                snippet = text.split("<<<")[-1]
-                said = "no" if re.search(r"denies|no evidence", snippet, re.I) else "yes"
-                said = "uncertain" if "possible" in snippet else said
-                row = np.full(len(tokens), -0.5, np.float32)
-                row[-1] = -0.1 if label == said else -3.0
-                logprobs.append(row)
-                if label == "yes":
-                    self.seen.append(snippet)
-            return ScoreResponse(logprobs=logprobs, version=0)
-
-    policy = Reader(lambda call: "", context=context)
-    policy.seen = []
-    return policy
+from tests.methods.phenotyping_toys import VELTO, Run, comparable, note, reader, runner, ward
 
 
 @pytest.fixture
 def run(tmp_path: Path, toys: Any) -> Run:
-    (tmp_path / "velto.yaml").write_text(VELTO)
-    (tmp_path / "kolo.yaml").write_text(KOLO)
-
-    async def play(name: str, notes: Sequence[dict[str, object]] | Path, *words: str) -> SimpleNamespace:
-        file = notes if isinstance(notes, Path) else tmp_path / f"{name}-notes.jsonl"
-        if not isinstance(notes, Path) and not file.exists():
-            file.write_text("".join(json.dumps(one) + "\n" for one in notes))
-        given = [
-            f"notes=[{file}]", f"definitions=[{tmp_path / 'velto.yaml'}, {tmp_path / 'kolo.yaml'}]",
-            "steps=3", "part_bytes=300", "questions_per_call=2", "wandb=disabled",
-            f"runs_dir={tmp_path / 'runs'}", f"run={name}",
-        ]  # fmt: skip
-        config = configure(phenotyping.Config, [*given, *words], None, phenotyping.preset)
-        policy = reader(toys)
-
-        class Company(Cluster):
-            async def policy(self, config: PolicyConfig, *, name: str = "policy") -> PolicyService:
-                return await self._spawn(PolicyService, name, lambda: policy, config.resources, commit=False)
-
-        async with Company(config, method="phenotyping", run=name) as cluster:
-            policies.append(policy)
-            await phenotyping.run(cluster, config)
-            folder, rows = cluster.directory.path, cluster.metrics()
-        lines = (folder / "decisions.jsonl").read_text().splitlines()
-        decisions = {(one["patient_id"], one["phenotype_id"]): one for one in map(json.loads, lines)}
-        return SimpleNamespace(folder=folder, rows=rows, policy=policy, decisions=decisions)
-
-    policies: list[Any] = []
-    play.policies = policies  # type: ignore[attr-defined]
-    return play
-
-
-def note(patient: str, number: int, text: str, **more: object) -> dict[str, object]:
-    day = f"2020-01-{number + 1:02d}"
-    return {"patient_id": patient, "note_id": f"{patient}-{number}", "text": text, "date": day, **more}
-
-
-def ward(count: int = 12, seed: int = 0) -> list[dict[str, object]]:
-    """Patients with some notes each."""
-    rng = random.Random(seed)
-    says = [
-        "Seen today with veltosis, which is stable on treatment.",
-        "She denies veltosis and any other illness of that kind.",
-        "There is possible veltosis, to be confirmed by biopsy soon.",
-        "Kolosis was treated at home for several weeks this year.",
-        "Nothing of note was found at this visit in the clinic.",
-    ]
-    return [
-        note(f"p{i}", j, f"HISTORY:\nVisit {i}.{j} in ward {rng.randrange(99)}.\n" + rng.choice(says))
-        for i in range(count)
-        for j in range(rng.randint(1, 4))
-    ]
+    return runner(tmp_path, lambda: reader(toys))
 
 
 async def test_decisions_cite_what_stands_in_the_notes(run: Run) -> None:
@@ -168,11 +77,6 @@ async def test_nothing_to_ask_is_never_asked_and_nothing_twice(run: Run) -> None
     copies = await run("copies", [note(f"p{i}", 0, "He has veltosis, as was known before.") for i in range(9)])
     assert len(copies.policy.seen) == 1
     assert sum(one["asked"] for one in copies.decisions.values()) == 1
-
-
-def comparable(decisions: dict[Any, dict[str, Any]]) -> dict[Any, Any]:
-    apart = ("run", "asked", "tokens", "decoded")
-    return {key: {name: one[name] for name in one if name not in apart} for key, one in decisions.items()}
 
 
 async def test_order_parts_and_calls_do_not_matter(run: Run) -> None:
@@ -300,7 +204,7 @@ async def test_no_words_of_notes_are_in_logs_metrics_or_errors(
     asker = await make_asker(policy, PromptConfig(), 3, 2, 1)
     store = AnswerStore(done.folder / "other.sqlite")
     question = Question("k", [ChatMessage(role="user", content=f"{secret} is longer than that")])
-    said = await ask(asker, [question], store, 1, lambda *_: None)
+    said = await ask(asker, [question], store, "run/1", lambda *_: None)
     assert said["k"].probs is None and said["k"].tokens == 5
     store.close()
 
