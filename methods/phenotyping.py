@@ -19,6 +19,7 @@ from methods.phenotyping_answers import AnswerStore, Asker, ask, make_asker
 from methods.phenotyping_config import Config, preset
 from methods.phenotyping_decide import Decided, Origin, cases_of, decided
 from methods.phenotyping_definition import Definition
+from methods.phenotyping_llm import check_reads, read_verdicts
 from methods.phenotyping_notes import Part, check_tables, parts_of
 from methods.phenotyping_report import finish, metrics_of
 from methods.phenotyping_scan import PartCounts, Scan, bucket_name, counts_file, read_bucket, scan_part, spread
@@ -44,6 +45,8 @@ async def run(cluster: Cluster, config: Config) -> None:
     """Read all notes once, then bucket by bucket ask about the snippets and decide about the patients."""
     retriever = await cluster.retriever(config.retriever)
     source = await source_of(cluster, config, retriever)
+    if config.reduce is None:
+        check_reads(source.definitions, config.prompt)
     sets = [one.pattern_set() for one in source.definitions]
     # Patterns are checked before anything is read.
     await retriever.snippets(SnippetsRequest(sets=sets, window=config.window))
@@ -135,7 +138,17 @@ async def decide_bucket(
         asked_for,
         lambda done, of: step.activity(f"bucket {step.index}: {done} of {of} snippets asked"),
     )
-    found = decided(cases, said, asked_for, config.reduce, origin)
+    readings = await read_verdicts(
+        asker,
+        cases,
+        said,
+        store,
+        asked_for,
+        config.reduce,
+        origin,
+        lambda done, of: step.activity(f"bucket {step.index}: {done} of {of} prompts of verdicts read"),
+    )
+    found = decided(cases, said, asked_for, config.reduce, origin, readings)
     write_decisions(folder / "decisions" / bucket_name(step.index), found)
     state.tokens += sum(one.tokens for one in found)
     if config.budget_tokens and state.tokens >= config.budget_tokens:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from methods.phenotyping_answers import Question, Said
 from methods.phenotyping_definition import Definition
@@ -83,6 +83,8 @@ class Decided(Message):
     """Of these, different ones that no filter left out."""
     n_sent: int
     """Of these, asked about."""
+    n_read: int = 0
+    """Of reduce by llm: questions about several verdicts at once."""
     near_threshold: bool = False
     """Whether the score is within 0.001 of the threshold."""
     dropped: dict[str, int] = {}
@@ -114,6 +116,16 @@ class Case:
     evidence: Evidence
     questions: list[Question]
     """Of each group."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a policy made of a patient's verdicts."""
+
+    probs: tuple[float, float, float] | None = None
+    """Of yes, no and uncertain; None: nothing, for there was no room."""
+    asked: Mapping[str, Said] = field(default_factory=dict)
+    """Each question that led to it."""
 
 
 @dataclass(frozen=True)
@@ -158,53 +170,75 @@ def rule_of(reduce: ReduceConfig | None, definition: Definition, prompt: PromptC
 
 
 def decided(
-    cases: Sequence[Case], said: Mapping[str, Said], asked_for: str, reduce: ReduceConfig | None, origin: Origin
+    cases: Sequence[Case],
+    said: Mapping[str, Said],
+    asked_for: str,
+    reduce: ReduceConfig | None,
+    origin: Origin,
+    readings: Mapping[int, Reading],
 ) -> list[Decided]:
-    """Decisions in the order of the cases. A question counts for the first case of its bucket that asks it."""
+    """Decisions in the order of the cases. A question counts for the first case of its bucket that asks it.
+
+    `readings`: by the place of a case, what a policy made of its verdicts where that is how it is reduced.
+    """
     seen: set[str] = set()
     found = []
-    for case in cases:
-        rule = rule_of(reduce, case.definition, origin.prompt)
-        answers = [said[question.key] for question in case.questions]
-        mine: list[Said] = []
-        for question, answer in zip(case.questions, answers, strict=True):
-            if question.key not in seen and answer.asked_for == asked_for:
-                mine.append(answer)
-            seen.add(question.key)
-        usable = [(i, one.probs[0]) for i, one in enumerate(answers) if one.probs is not None]
-        dates = [case.evidence.groups[i].day for i, _ in usable]
-        score = patient_score([p for _, p in usable], rule, dates)
-        decision = decide(score, len(case.evidence.groups), rule)
-        if case.evidence.groups and not usable:
-            decision = "failed"
-        found.append(
-            Decided(
-                patient_id=case.patient_id,
-                phenotype_id=case.definition.phenotype_id,
-                version=case.definition.version,
-                definition=case.definition.digest,
-                decision=decision,
-                score=round(score, DIGITS),
-                reducer=rule.by,
-                n_notes=case.notes,
-                n_found=case.evidence.found,
-                n_groups=len(case.evidence.groups) + case.evidence.dropped.get("beyond the cap", 0),
-                n_sent=len(case.evidence.groups),
-                near_threshold=bool(usable) and abs(score - rule.threshold) < NEAR,
-                dropped=case.evidence.dropped,
-                evidence=[
-                    cited(group, answer, case.doubled, mask=origin.prompt.mask)
-                    for group, answer in zip(case.evidence.groups, answers, strict=True)
-                ],
-                asked=len(mine),
-                tokens=sum(one.tokens for one in mine),
-                decoded=sum(one.decoded for one in mine),
-                model=origin.model,
-                prompt=origin.prompt.digest,
-                run=origin.run,
-            )
-        )
+    for place, case in enumerate(cases):
+        reading = readings.get(place, Reading())
+        asked = {**{question.key: said[question.key] for question in case.questions}, **reading.asked}
+        mine = [one for key, one in asked.items() if key not in seen and one.asked_for == asked_for]
+        seen.update(asked)
+        found.append(decision_of(case, said, mine, rule_of(reduce, case.definition, origin.prompt), origin, reading))
     return found
+
+
+def decision_of(
+    case: Case, said: Mapping[str, Said], mine: Sequence[Said], rule: ReduceConfig, origin: Origin, reading: Reading
+) -> Decided:
+    """One case. `mine`: answers that were asked for it first."""
+    groups, answers = case.evidence.groups, [said[question.key] for question in case.questions]
+    score = score_of(groups, answers, rule, reading)
+    decision = decide(score or 0.0, len(groups), rule)
+    if groups and score is None:
+        decision = "failed"
+    return Decided(
+        patient_id=case.patient_id,
+        phenotype_id=case.definition.phenotype_id,
+        version=case.definition.version,
+        definition=case.definition.digest,
+        decision=decision,
+        score=round(score or 0.0, DIGITS),
+        reducer=rule.by,
+        n_notes=case.notes,
+        n_found=case.evidence.found,
+        n_groups=len(groups) + case.evidence.dropped.get("beyond the cap", 0),
+        n_sent=len(groups),
+        n_read=len(reading.asked),
+        near_threshold=score is not None and abs(score - rule.threshold) < NEAR,
+        dropped=case.evidence.dropped,
+        evidence=[
+            cited(group, answer, case.doubled, mask=origin.prompt.mask)
+            for group, answer in zip(groups, answers, strict=True)
+        ],
+        asked=len(mine),
+        tokens=sum(one.tokens for one in mine),
+        decoded=sum(one.decoded for one in mine),
+        model=origin.model,
+        prompt=origin.prompt.digest,
+        run=origin.run,
+    )
+
+
+def score_of(groups: Sequence[Group], answers: Sequence[Said], rule: ReduceConfig, reading: Reading) -> float | None:
+    """A patient's score; None where no snippet, or no prompt of all verdicts, was short enough."""
+    usable = [(one.probs[0], group.day) for group, one in zip(groups, answers, strict=True) if one.probs is not None]
+    if not usable:
+        return None
+    if rule.by != "llm":
+        return patient_score([p for p, _ in usable], rule, [day for _, day in usable])
+    if len(usable) == 1:
+        return usable[0][0]
+    return None if reading.probs is None else reading.probs[0]
 
 
 def cited(group: Group, said: Said, doubled: set[str], *, mask: bool) -> Cited:

@@ -32,6 +32,12 @@ WRITE = (
 """The form of an answer that is chosen, and of one that is written."""
 REVISE = "This cannot be used. {wrong} Write the JSON object again, and nothing else."
 """What is asked after an answer that cannot be used."""
+FINDINGS = (
+    "What single texts of one patient's notes say of it, oldest first: when they were written, the answer about each,"
+    " its words."
+)
+TOGETHER = "Question: All of this taken together, does it hold: {description}"
+"""What is asked of a patient's verdicts."""
 MOST_WRITTEN = 128
 """Most tokens of a written answer."""
 PLACEHOLDER = "[it]"
@@ -76,7 +82,7 @@ class PromptConfig(Message):
     def digest(self) -> str:
         """Of the template, and of the words that are in this file."""
         told: list[object] = [self.model_dump(mode="json"), ROLE, EXAMPLES, PLACEHOLDER, OPEN, CLOSE]
-        told += [CHOOSE, WRITE, STATUSES, REVISE, MOST_WRITTEN]
+        told += [CHOOSE, WRITE, STATUSES, REVISE, FINDINGS, TOGETHER, MOST_WRITTEN]
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -45,12 +45,12 @@ NLP_COLUMNS = (
 def metrics_of(found: Sequence[Decided], patients: int) -> dict[str, float]:
     """One bucket in numbers."""
     decisions = Counter(one.decision for one in found)
-    sums = {name: sum(getattr(one, f"n_{name}") for one in found) for name in ("found", "groups", "sent")}
+    sums = {name: sum(getattr(one, f"n_{name}") for one in found) for name in ("found", "groups", "sent", "read")}
     metrics = {
         "patients": patients,
         "snippets": sums["found"],
         "different": sums["groups"],
-        "questions": sums["sent"],
+        "questions": sums["sent"] + sums["read"],
     }
     metrics |= {name: sum(getattr(one, name) for one in found) for name in ("asked", "tokens", "decoded")}
     metrics |= {name: decisions[name] for name in ("yes", "no", "uncertain", "no_evidence", "failed")}

@@ -37,21 +37,24 @@ def reader(toys: Any, context: int = 1 << 20) -> Any:
     """Says yes to a snippet unless it denies; keeps all texts that it was asked about."""
 
     class Reader(toys.Policy):  # type: ignore[misc]
+        def answer(self, text: str) -> str:
+            return says(text.split("<<<")[-1])
+
         async def score(self, request: ScoreRequest) -> ScoreResponse:
             self.scored.append(request)
             logprobs = []
             for tokens in request.sequences:
                 text, label = self._decode(tokens.array[:-1]), self._decode(tokens.array[-1:])
-                snippet = text.split("<<<")[-1]
                 row = np.full(len(tokens), -0.5, np.float32)
-                row[-1] = -0.1 if label == says(snippet) else -3.0
+                row[-1] = -0.1 if label == self.answer(text) else -3.0
                 logprobs.append(row)
                 if label == "yes":
-                    self.seen.append(snippet)
+                    self.seen.append(text.split("<<<")[-1])
+                    self.texts.append(text)
             return ScoreResponse(logprobs=logprobs, version=0)
 
     policy = Reader(lambda call: "", context=context)
-    policy.seen = []
+    policy.seen, policy.texts = [], []
     return policy
 
 
