@@ -7,7 +7,7 @@ our design is in docs/methods/phenotyping.md.
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -17,11 +17,12 @@ from cluster.run_directory import write_atomically
 from cluster.steps import LoopState, Step
 from methods.phenotyping_answers import AnswerStore, Asker, ask, make_asker
 from methods.phenotyping_config import Config, preset
+from methods.phenotyping_cost import cost_of, note_down, plan_of
 from methods.phenotyping_decide import Decided, Origin, cases_of, decided
 from methods.phenotyping_definition import Definition
 from methods.phenotyping_llm import check_reads, read_verdicts
 from methods.phenotyping_notes import Part, check_tables, parts_of
-from methods.phenotyping_report import finish, metrics_of
+from methods.phenotyping_report import finish, metrics_of, planned
 from methods.phenotyping_scan import PartCounts, Scan, bucket_name, counts_file, read_bucket, scan_part, spread
 from methods.phenotyping_source import model_digest, source_of
 from protocols.errors import BadInput
@@ -68,22 +69,28 @@ async def run(cluster: Cluster, config: Config) -> None:
         sets=sets, window=config.window, columns=config.columns, encoding=config.encoding, folder=f"{folder}/scan"
     )
     state = State()
-    store: AnswerStore | None = None
+    stores: list[AnswerStore] = []
     try:
         async for step in cluster.steps(state, first=0):
             if step.index == 0:
                 step.log(await read_notes(config, retriever, scan, parts, step))
                 spread(folder, len(parts), config.steps, step.activity)
                 continue
-            store = store or AnswerStore(
-                Path(config.answers).expanduser() if config.answers else folder / "answers.sqlite"
-            )
-            step.log(await decide_bucket(config, source.definitions, asker, store, origin, folder, state, step))
-        summary = finish(folder, config, source, origin, cluster.metrics(), info)
+            stores = stores or opened(config, folder)
+            step.log(await decide_bucket(config, source.definitions, asker, stores, origin, folder, state, step))
     finally:
-        if store is not None:
+        for store in stores:
             store.close()
-    cluster.summarize(summary)
+    if config.dry_run:
+        cluster.summarize(planned(folder, config, cluster.metrics(), asker.room))
+    else:
+        cluster.summarize(finish(folder, config, source, origin, cluster.metrics(), info))
+
+
+def opened(config: Config, folder: Path) -> list[AnswerStore]:
+    """The store of answers, and of a dry run one of what has been counted."""
+    answers = Path(config.answers).expanduser() if config.answers else folder / "answers.sqlite"
+    return [AnswerStore(file) for file in [answers, *([folder / "dry_run.sqlite"] if config.dry_run else [])]]
 
 
 async def read_notes(
@@ -120,7 +127,7 @@ async def decide_bucket(
     config: Config,
     definitions: Sequence[Definition],
     asker: Asker,
-    store: AnswerStore,
+    stores: Sequence[AnswerStore],
     origin: Origin,
     folder: Path,
     state: State,
@@ -131,29 +138,29 @@ async def decide_bucket(
     cases = cases_of(patients, definitions, config.evidence, origin)
     questions = [question for case in cases for question in case.questions]
     asked_for = f"{origin.run}/{step.index}"
-    said = await ask(
-        asker,
-        questions,
-        store,
-        asked_for,
-        lambda done, of: step.activity(f"bucket {step.index}: {done} of {of} snippets asked"),
-    )
-    readings = await read_verdicts(
-        asker,
-        cases,
-        said,
-        store,
-        asked_for,
-        config.reduce,
-        origin,
-        lambda done, of: step.activity(f"bucket {step.index}: {done} of {of} prompts of verdicts read"),
-    )
+    if config.dry_run or config.budget_tokens:
+        cost = await cost_of(asker, questions, stores, asked_for)
+        if config.dry_run:
+            note_down(cost, stores[-1], asked_for)
+            return plan_of(cases, len(patients), cost)
+        if state.tokens + cost.tokens > config.budget_tokens:
+            step.stop(
+                f"budget_tokens: {state.tokens} tokens were read and bucket {step.index} needs {cost.tokens} more;"
+                f" {config.budget_tokens} are allowed"
+            )
+            return metrics_of([], 0)
+    said = await ask(asker, questions, stores[0], asked_for, progress(step, "snippets asked"))
+    show = progress(step, "prompts of verdicts read")
+    readings = await read_verdicts(asker, cases, said, stores[0], asked_for, config.reduce, origin, show)
     found = decided(cases, said, asked_for, config.reduce, origin, readings)
     write_decisions(folder / "decisions" / bucket_name(step.index), found)
     state.tokens += sum(one.tokens for one in found)
-    if config.budget_tokens and state.tokens >= config.budget_tokens:
-        step.stop(f"budget_tokens: {state.tokens} tokens were read, {config.budget_tokens} were allowed")
     return metrics_of(found, len(patients))
+
+
+def progress(step: Step, what: str) -> Callable[[int, int], None]:
+    """Shows how many of a bucket's questions have been answered."""
+    return lambda done, of: step.activity(f"bucket {step.index}: {done} of {of} {what}")
 
 
 def write_decisions(file: Path, found: Sequence[Decided]) -> None:

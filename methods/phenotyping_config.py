@@ -1,6 +1,7 @@
 """Every setting of phenotyping: notes, definitions, the policy and how it is asked."""
 
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -40,6 +41,7 @@ class Config(MethodConfig):
         "label_columns",
         "review",
         "budget_tokens",
+        "recorded",
     }
     SHORTCUTS: ClassVar[dict[str, str]] = {"answer": "prompt.answer"}
 
@@ -101,11 +103,16 @@ class Config(MethodConfig):
     """How snippets become a decision, for all phenotypes; null: as each definition says."""
     budget_tokens: int = Field(default=0, ge=0)
     """The run ends itself before the bucket whose questions would bring its prompts above so many tokens; 0: no
-    limit."""
+    limit. What reduce.by=llm and revisions of written answers read is known afterwards, and counts from the next
+    bucket on."""
     dry_run: bool = False
-    """Read the notes and count questions and tokens, without a call to the model."""
+    """Read the notes, and count the questions that `answers` does not hold and their tokens; nothing is asked or
+    decided."""
     review: int = Field(default=200, ge=0)
     """Most patients and phenotypes on the review page, those that are not a plain no."""
+    recorded: str = ""
+    """Time that the Provenance of FHIR groups tells, as 2024-05-01T12:00:00Z; empty: unknown, for equal runs write
+    equal files."""
 
     @field_validator("columns")
     @classmethod
@@ -113,6 +120,18 @@ class Config(MethodConfig):
         unknown = sorted(set(given) - set(FIELDS))
         if unknown:
             raise ValueError(f"{unknown[0]}: unknown field; expected one of {', '.join(FIELDS)}")
+        return given
+
+    @field_validator("recorded")
+    @classmethod
+    def _instant(cls, given: str) -> str:
+        try:
+            whole = len(given) >= len("2024-05-01T12:00:00Z") and given[10] == "T"
+            whole = whole and datetime.fromisoformat(given).tzinfo is not None
+        except ValueError:
+            whole = False
+        if given and not whole:
+            raise ValueError("expected a time with its zone, such as 2024-05-01T12:00:00Z")
         return given
 
     @model_validator(mode="after")

@@ -117,6 +117,11 @@ class Case:
     questions: list[Question]
     """Of each group."""
 
+    @property
+    def different(self) -> int:
+        """Groups, those beyond the cap included."""
+        return len(self.evidence.groups) + self.evidence.dropped.get("beyond the cap", 0)
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -211,7 +216,7 @@ def decision_of(
         reducer=rule.by,
         n_notes=case.notes,
         n_found=case.evidence.found,
-        n_groups=len(groups) + case.evidence.dropped.get("beyond the cap", 0),
+        n_groups=case.different,
         n_sent=len(groups),
         n_read=len(reading.asked),
         near_threshold=score is not None and abs(score - rule.threshold) < NEAR,

@@ -1,6 +1,5 @@
-"""What phenotyping leaves: decisions, rejects, a table for OMOP, an evaluation, an audit record, a review page."""
+"""What phenotyping leaves: decisions, rejects, tables, an evaluation, an audit record, a review page."""
 
-import csv
 import json
 import math
 import shutil
@@ -12,8 +11,10 @@ from pathlib import Path
 from cluster.run_directory import write_atomically
 from cluster.summary import Summary, SummaryRow
 from methods.phenotyping_config import Config
-from methods.phenotyping_decide import Decided, Origin, Place, rule_of
+from methods.phenotyping_decide import Decided, Origin, rule_of
 from methods.phenotyping_eval import Evaluation, evaluate
+from methods.phenotyping_out import write_cohort, write_groups, write_note_nlp
+from methods.phenotyping_prompts import MOST_WRITTEN
 from methods.phenotyping_review import write_review
 from methods.phenotyping_scan import bucket_name, staged
 from methods.phenotyping_source import Source
@@ -24,22 +25,10 @@ PANELS = {
     "Decisions per bucket": ["yes", "no", "uncertain", "no_evidence", "failed"],
     "Tokens of prompts per bucket": ["tokens"],
 }
-NLP_COLUMNS = (
-    "note_nlp_id",
-    "note_id",
-    "section_concept_id",
-    "snippet",
-    "offset",
-    "lexical_variant",
-    "note_nlp_concept_id",
-    "nlp_system",
-    "nlp_date",
-    "nlp_datetime",
-    "term_exists",
-    "term_temporal",
-    "term_modifiers",
+SUMMED = (
+    *("notes", "rejects", "patients", "snippets", "questions", "asked", "tokens", "decoded"),
+    *("yes", "no", "uncertain", "no_evidence", "failed"),
 )
-"""Of OMOP's NOTE_NLP."""
 
 
 def metrics_of(found: Sequence[Decided], patients: int) -> dict[str, float]:
@@ -72,6 +61,8 @@ def finish(
     join(folder / "decisions.jsonl", done)
     join(folder / "rejects.jsonl", sorted((folder / "scan").glob("part-*.rejects.jsonl")))
     write_note_nlp(folder / "note_nlp.csv", read_decisions(folder), origin)
+    write_cohort(folder / "cohort.csv", read_decisions(folder))
+    write_groups(folder / "fhir", read_decisions(folder), source.definitions, origin, config.recorded)
     write_atomically(folder / "audit.json", json.dumps(audit(source, origin, info), indent=1, ensure_ascii=False))
     shown = write_review(folder / "review.html", read_decisions(folder), source.definitions, config.review)
     evaluations = evaluated(folder, config, source)
@@ -95,26 +86,6 @@ def read_decisions(folder: Path) -> Iterator[Decided]:
     with open(folder / "decisions.jsonl", encoding="utf-8") as lines:
         for line in lines:
             yield Decided.model_validate_json(line)
-
-
-def write_note_nlp(file: Path, found: Iterator[Decided], origin: Origin) -> None:
-    """One row per cited mention, copies included, as OMOP's NOTE_NLP has it; concept ids are left to the site."""
-    system = f"repertory phenotyping {origin.model} {origin.prompt.digest}"
-    with open(staged(file), "w", encoding="utf-8", newline="") as stream:
-        rows = csv.writer(stream)
-        rows.writerow(NLP_COLUMNS)
-        number = 0
-        for one in found:
-            for cited in one.evidence:
-                exists = "Y" if cited.answer == "yes" else "N"
-                variant = cited.quote[cited.matches[0][0] - cited.start : cited.matches[0][1] - cited.start]
-                told = f"phenotype={one.phenotype_id};answer={cited.answer};p={cited.p}"
-                own = Place(note_id=cited.note_id, start=cited.start, end=cited.end, date=cited.date)
-                for place in [own, *cited.also_in]:
-                    number += 1
-                    row = [number, place.note_id, 0, cited.quote, place.start, variant, 0, system]
-                    rows.writerow([*row, place.date[:10], place.date, exists, "", told])
-    staged(file).replace(file)
 
 
 def audit(source: Source, origin: Origin, info: PolicyInfo) -> dict[str, object]:
@@ -151,13 +122,39 @@ def evaluated(folder: Path, config: Config, source: Source) -> list[Evaluation]:
     ]
 
 
+def planned(folder: Path, config: Config, rows: Sequence[Mapping[str, float]], room: int) -> Summary:
+    """What a dry run counted."""
+    join(folder / "rejects.jsonl", sorted((folder / "scan").glob("part-*.rejects.jsonl")))
+    t = totals_of(rows)
+    longest = max((int(row.get("longest") or 0) for row in rows), default=0)
+    notes = [
+        f"{t['notes']:,} notes read, {t['rejects']:,} rows rejected (rejects.jsonl); {t['patients']:,} patients;"
+        f" {t['snippets']:,} snippets.",
+        f"{t['questions']:,} questions, {t['asked']:,} of them to be asked: {t['tokens']:,} tokens of prompts.",
+        f"The longest prompt has {longest:,} tokens; {t['too_long']:,} exceed the {room:,} that the policy can read.",
+        "Nothing was asked or decided.",
+    ]
+    if config.prompt.answer == "sample":
+        notes.insert(3, f"Up to {t['asked'] * MOST_WRITTEN:,} tokens are written, and revisions come on top.")
+    if config.prompt.variant == "reasoning":
+        notes.insert(3, f"Up to {t['asked'] * config.prompt.reasoning_tokens:,} tokens are written.")
+    return Summary(title="Phenotyping by snippets, dry run", notes=notes, panels={"Tokens per bucket": ["tokens"]})
+
+
+def totals_of(rows: Sequence[Mapping[str, float]]) -> Counter[str]:
+    """Sums over steps. The first step tells snippets of all notes, later ones those of their patients again."""
+    totals: Counter[str] = Counter()
+    for row in rows:
+        for name, value in row.items():
+            if value is not None and name != "step" and (name != "snippets" or "patients" in row):
+                totals[name] += int(value)
+    return totals
+
+
 def summary(
     rows: Sequence[Mapping[str, float]], evaluations: Sequence[Evaluation], shown: int, partial: bool
 ) -> Summary:
     """The result of a run in few lines: F1 beside the baseline's where there are labels, and what it took."""
-    totals: Counter[str] = Counter()
-    for row in rows:
-        totals.update({name: value for name, value in row.items() if name != "step" and value is not None})
     lines = []
     for one in evaluations:
         by_name = {measured.name: measured for measured in one.measured}
@@ -165,14 +162,15 @@ def summary(
         note = f"F1, 95 % {number(mine.low)} to {number(mine.high)}; precision {number(mine.precision)}, recall"
         note += f" {number(mine.recall)}; before: {one.baseline}; {one.patients} patients, {one.positive} of them ill"
         lines.append(SummaryRow(name=one.phenotype_id, before=known(other.f1), after=known(mine.f1), note=note))
-    t = {name: f"{int(value):,}" for name, value in totals.items()}
+    totals = totals_of(rows)
+    t = {name: f"{totals[name]:,}" for name in SUMMED}
     notes = [
         f"{t['scan/notes']} notes read, {t['scan/rejects']} rows rejected (rejects.jsonl); {t['patients']} patients;"
         f" {t['snippets']} snippets.",
         f"{t['questions']} questions, {t['asked']} of them asked: {t['tokens']} tokens of prompts, {t['decoded']}"
         " sampled.",
         f"Decisions: {t['yes']} yes, {t['no']} no, {t['uncertain']} uncertain, {t['no_evidence']} without evidence,"
-        f" {t['failed']} failed (decisions.jsonl, note_nlp.csv).",
+        f" {t['failed']} failed (decisions.jsonl, note_nlp.csv, cohort.csv, fhir).",
         f"review.html shows {shown} of them.",
     ]
     if partial:
