@@ -24,6 +24,9 @@ FOLDS = 5
 LONG = (3, 6)
 """Chart lengths, in snippets that were asked about, at which patients are parted."""
 
+MANY = 6
+"""Healthy patients with so many questions or more are one entry of the false alarms."""
+
 
 @dataclass
 class Measured:
@@ -54,6 +57,21 @@ class Measured:
 
 
 @dataclass
+class Alarms:
+    """Share of the healthy patients with so many questions who would be called ill."""
+
+    questions: int
+    """So many, or at least so many in the last entry."""
+    patients: int
+    max: float
+    """By `max`: one snippet is enough."""
+    count: float
+    """By `count`: it takes `reduce.count` of them."""
+    expected: float
+    """1 - (1 - f)^n, which `max` comes to if snippets err apart from each other, each with probability f."""
+
+
+@dataclass
 class Evaluation:
     """Of one phenotype."""
 
@@ -69,6 +87,10 @@ class Evaluation:
     failed: int
     baseline: str
     measured: list[Measured]
+    snippet_alarms: float
+    """f: share of the snippets about healthy patients whose score reaches the threshold."""
+    alarms: list[Alarms]
+    """By number of questions."""
 
 
 def evaluate(
@@ -118,6 +140,8 @@ def evaluate(
     for one in measured:
         one.threshold = thresholds.get(one.name, [])
     decided = [row.decision if row else "no_evidence" for row in rows]
+    healthy = [own for own, ill in zip(cited, truth, strict=True) if not ill]
+    rate, by_questions = alarms(healthy, rule)
     return Evaluation(
         phenotype_id=definition.phenotype_id,
         patients=len(known),
@@ -128,7 +152,26 @@ def evaluate(
         failed=decided.count("failed"),
         baseline=baseline,
         measured=measured,
+        snippet_alarms=rate,
+        alarms=by_questions,
     )
+
+
+def alarms(healthy: Sequence[Sequence[Cited]], rule: ReduceConfig) -> tuple[float, list[Alarms]]:
+    """f of all snippets, and the false alarms by number of questions, of healthy patients' evidence."""
+    hits = [[one.p is not None and one.p >= rule.threshold for one in own] for own in healthy]
+    total = sum(map(len, hits))
+    rate = sum(map(sum, hits)) / total if total else math.nan
+    found = []
+    for n in range(1, MANY + 1):
+        some = [own for own in hits if (len(own) == n if n < MANY else len(own) >= n)]
+        if not some:
+            continue
+        by_max = sum(any(own) for own in some) / len(some)
+        by_count = sum(sum(own) >= rule.count for own in some) / len(some)
+        expected = math.fsum(1 - (1 - rate) ** len(own) for own in some) / len(some)
+        found.append(Alarms(n, len(some), by_max, by_count, expected))
+    return rate, found
 
 
 def says_so(one: Cited) -> bool:

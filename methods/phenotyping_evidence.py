@@ -10,7 +10,6 @@ from methods.phenotyping_scan import Finding, Scanned
 from protocols.service import Message
 
 MARKS = re.compile(r"[\W_]+")
-LEAST_LETTERS = 20
 
 
 class EvidenceConfig(Message):
@@ -21,6 +20,8 @@ class EvidenceConfig(Message):
     exact copies included."""
     most: int = 64
     """Most questions per patient and phenotype: from each note one first, the latest notes before others."""
+    letters: int = 20
+    """Snippets of fewer letters are not asked about."""
 
 
 @dataclass
@@ -77,7 +78,7 @@ def evidence_of(notes: Sequence[Scanned], definition: Definition, config: Eviden
             if finding.set != definition.phenotype_id:
                 continue
             found += 1
-            reason = refusal(note, finding, definition, last)
+            reason = refusal(note, finding, definition, last, config.letters)
             if reason:
                 dropped[reason] = dropped.get(reason, 0) + 1
             else:
@@ -105,7 +106,7 @@ def day_of(text: str) -> date | None:
         return None
 
 
-def refusal(note: Scanned, finding: Finding, definition: Definition, last: date | None) -> str:
+def refusal(note: Scanned, finding: Finding, definition: Definition, last: date | None, letters: int) -> str:
     """Why a snippet is not asked about; empty if it is."""
     day = day_of(note.date)
     if definition.lookback_days is not None and day and last and (last - day).days > definition.lookback_days:
@@ -114,7 +115,7 @@ def refusal(note: Scanned, finding: Finding, definition: Definition, last: date 
         return "note type"
     if definition.skips(finding.section):
         return "section"
-    if sum(letter.isalpha() for letter in finding.text) < LEAST_LETTERS:
+    if sum(letter.isalpha() for letter in finding.text) < letters:
         return "too short"
     return ""
 
@@ -137,24 +138,32 @@ def jaccard(one: frozenset[tuple[str, ...]], other: frozenset[tuple[str, ...]]) 
 
 
 def grouped(snippets: Iterable[tuple[Scanned, Finding]], least: float) -> list[Group]:
-    """Each snippet joins the first group whose own one it nearly repeats. With `least` above 1 all stay apart."""
+    """Each snippet joins the first group whose own one it nearly repeats, under the same header as far as headers are
+    known. With `least` above 1 all stay apart."""
     groups: list[Group] = []
-    exact: dict[str, Group] = {}
+    exact: dict[str, list[Group]] = {}
     shapes: list[frozenset[tuple[str, ...]]] = []
     for note, finding in snippets:
         text = normalised(finding.text)
-        shape = trigrams(text)
-        home = exact.get(text) if least <= 1 else None
+        shape, same = trigrams(text), exact.setdefault(text, [])
+        home = next((g for g in same if same_header(g.finding, finding)), None) if least <= 1 else None
         if home is None and least <= 1:
-            home = next((g for g, s in zip(groups, shapes, strict=True) if alike(s, shape, least)), None)
+            pairs = zip(groups, shapes, strict=True)
+            home = next((g for g, s in pairs if same_header(g.finding, finding) and alike(s, shape, least)), None)
         if home is None:
             home = Group(note, finding)
             groups.append(home)
             shapes.append(shape)
+            same.append(home)
         else:
             home.also_in.append((note, finding))
-        exact.setdefault(text, home)
     return groups
+
+
+def same_header(one: Finding, other: Finding) -> bool:
+    """Whether the headers above two snippets may be the same; an unknown one may be any."""
+    headers = normalised(one.section), normalised(other.section)
+    return not all(headers) or headers[0] == headers[1]
 
 
 def alike(one: frozenset[tuple[str, ...]], other: frozenset[tuple[str, ...]], least: float) -> bool:

@@ -16,7 +16,7 @@ from cluster.run_directory import write_atomically
 from cluster.seeds import derive_seed
 from methods.phenotyping_config import Config
 from methods.phenotyping_definition import Definition, read_definitions
-from methods.phenotyping_evidence import EvidenceConfig, evidence_of
+from methods.phenotyping_evidence import evidence_of
 from methods.phenotyping_mentions import mention_base, read_mentions, unrelated
 from methods.phenotyping_notes import Note, plain
 from methods.phenotyping_prompts import messages_of
@@ -67,7 +67,9 @@ async def drawn(cluster: Cluster, config: Config, retriever: RetrieverService) -
     """The wards: notes in a file of their own beside the runs, and a policy that is taught if it is not there yet."""
     disease = wards.disease_of(config.seed)
     definition = ward_definition(disease)
-    told = json.dumps([config.wards.model_dump(), config.seed, disease, wards.PHRASES, wards.FILLERS])
+    told = json.dumps(
+        [config.wards.model_dump(), config.seed, disease, wards.PHRASES, wards.FILLERS, wards.FAMILY_FILLERS]
+    )
     name = f"wards-notes-{hashlib.sha256(told.encode()).hexdigest()[:12]}"
     file = cluster.directory.path.parent / "bases" / name / "notes.jsonl"
     labels: Labels = {}
@@ -84,7 +86,7 @@ async def drawn(cluster: Cluster, config: Config, retriever: RetrieverService) -
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, "".join(lines))
     lessons = await ward_lessons(config, retriever)
-    model = await wards.ward_base(cluster, config.policy, lessons, config.seed)
+    model = await wards.ward_base(cluster, config.policy, lessons, config.wards.context, config.seed)
     return Source([str(file)], [definition], model, facts, labels)
 
 
@@ -102,26 +104,31 @@ def ward_definition(disease: str) -> Definition:
 
 
 async def ward_lessons(config: Config, retriever: RetrieverService) -> list[tuple[str, str]]:
-    """Prompts about another disease, cut and written as a run's own are, with answers, of which some are wrong."""
+    """Prompts about another disease, cut and written as a run's own are, with answers, of which some are wrong.
+
+    Raises BadInput if no snippet is long enough to be asked about.
+    """
     definition = ward_definition(wards.TAUGHT)
     scan = Scan(sets=[definition.pattern_set()], window=config.window, folder="")
     found: list[tuple[str, str]] = []
     rng = np.random.default_rng(derive_seed(config.seed, "noise"))
     answers = list(config.prompt.labels.values())
     first = 0
+    size = config.wards.model_copy(update={"prevalence": 0.5, "copied": 0.0})
     while len(found) < config.wards.lessons:
-        size = config.wards.model_copy(update={"prevalence": 0.5})
         for patient in wards.patients_of(size, wards.TAUGHT, config.seed + 1, unseen=False, first=first, count=200):
             for one in patient.notes:
                 if one.said is None:
                     continue
                 note = Note(one.patient_id, one.note_id, one.text, one.date, one.note_type)
-                evidence = evidence_of(await scanned(retriever, scan, [note]), definition, EvidenceConfig())
+                evidence = evidence_of(await scanned(retriever, scan, [note]), definition, config.evidence)
                 for group in evidence.groups:
                     answer = config.prompt.labels[wards.LABELS[one.said]]
                     if rng.random() < wards.NOISE:
                         answer = answers[int(rng.integers(len(answers)))]
                     found.append((messages_of(group, definition, config.prompt)[0].content, answer))
+        if not found:
+            raise BadInput(f"window: no snippet has evidence.letters={config.evidence.letters} letters")
         first += 200
     return found[: config.wards.lessons]
 

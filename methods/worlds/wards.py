@@ -6,8 +6,9 @@ disease's name as a placeholder.
 """
 
 import json
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date, timedelta
 from functools import partial
 from pathlib import Path
@@ -40,12 +41,14 @@ PHRASES: dict[Kind, tuple[list[str], list[str]]] = {
             "known {d} , stable on therapy .",
             "was diagnosed with {d} .",
             "flare of {d} this week .",
+            "{d} since childhood .",
         ],
         [
             "biopsy confirmed {d} .",
             "{d} , diagnosed last year , is stable .",
             "on therapy for known {d} .",
             "{d} was treated this week .",
+            "known {d} since childhood .",
         ],
     ),
     "deny": (
@@ -73,7 +76,7 @@ PHRASES: dict[Kind, tuple[list[str], list[str]]] = {
     ),
 }
 """What notes say: phrases that the small policy learns from, and those that it has not seen. The last one of either
-list of `family` is told from an assertion by its header alone."""
+list of `family` is told from the same assertion by its header alone."""
 FILLERS = [
     "no fever .",
     "denies pain .",
@@ -92,10 +95,19 @@ FILLERS = [
     "walks without pain .",
     "concern for a fall .",
 ]
+FAMILY_FILLERS = [
+    "mother had a stroke .",
+    "brother has asthma .",
+    "father is well .",
+    "stroke in a sister .",
+    "known asthma since childhood .",
+]
 SECTIONS = ("HISTORY:", "FAMILY:", "PLAN:")
+SHARES = (0.5, 0.2, 0.3)
+"""Of the sentences about something else, by section."""
 SYLLABLES = ("vel", "tor", "mig", "lan", "sep", "dru", "kol", "pra", "zin", "obe")
 NOTE_TYPES = ("clinic", "ward")
-WIDTH, LAYERS, SPREAD, CONTEXT = 96, 3, 0.1, 256
+WIDTH, LAYERS, SPREAD = 96, 3, 0.1
 STEPS, ROWS, LEARNING_RATE, NOISE = 500, 64, 2e-3, 0.05
 TAUGHT = "morbolosis"
 """The disease that the small policy learns on."""
@@ -111,9 +123,14 @@ class WardsConfig(Message):
     filler: int = Field(default=6, ge=0)
     """Sentences about something else in each note."""
     copied: float = Field(default=0.35, ge=0, le=1)
-    """Share of notes that repeat what the one before says."""
-    lessons: int = Field(default=4000, ge=1)
+    """Share of the notes without news of the disease that are the one before, word by word."""
+    lessons: int = Field(default=16000, ge=1)
     """Snippets that the small policy learns from."""
+    context: int = Field(default=256, ge=16)
+    """Longest prompt of the small policy, in words."""
+    stuffed: bool = False
+    """Put each patient's notes together as one, oldest first, until the context is full: a baseline that reads whole
+    notes. The small policy learns from such ones, too; the window has to be as wide as they are."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +167,9 @@ def patients_of(
 ) -> Iterator[Patient]:
     """Patients, each drawn by its number alone. `unseen`: whether phrases that are held back occur as well."""
     for number in range(first, first + (config.patients if count is None else count)):
-        yield patient_of(config, disease, np.random.default_rng(derive_seed(seed, "patient", number)), number, unseen)
+        rng = np.random.default_rng(derive_seed(seed, "patient", number))
+        patient = patient_of(config, disease, rng, number, unseen)
+        yield stuffed(patient, disease, config.context) if config.stuffed else patient
 
 
 def patient_of(config: WardsConfig, disease: str, rng: np.random.Generator, number: int, unseen: bool) -> Patient:
@@ -158,17 +177,15 @@ def patient_of(config: WardsConfig, disease: str, rng: np.random.Generator, numb
     ill = bool(rng.random() < config.prevalence)
     notes: list[Told] = []
     day = date(2015, 1, 1) + timedelta(days=int(rng.integers(1000)))
-    before: tuple[str, Kind] | None = None
     for place in range(int(rng.poisson(6)) + 1):
         said = saying(rng, ill)
         phrase = (phrase_of(rng, said, disease, unseen), said) if said else None
-        if phrase is None and before is not None and rng.random() < config.copied:
-            phrase = before
-        before = phrase or before
-        day += timedelta(days=int(rng.integers(1, 200)))
         text = note_text(rng, config.filler, phrase)
+        if said is None and notes and rng.random() < config.copied:
+            text, said = notes[-1].text, notes[-1].said
+        day += timedelta(days=int(rng.integers(1, 200)))
         kind = NOTE_TYPES[int(rng.integers(2))]
-        notes.append(Told(f"p{number}", f"p{number}-{place}", day.isoformat(), kind, text, phrase and phrase[1]))
+        notes.append(Told(f"p{number}", f"p{number}-{place}", day.isoformat(), kind, text, said))
     code = bool(rng.random() < (0.62 if ill else 0.07))
     drug = bool(rng.random() < (0.45 if ill else 0.05))
     return Patient(f"p{number}", ill, notes, code, drug)
@@ -199,42 +216,53 @@ def note_text(rng: np.random.Generator, filler: int, phrase: tuple[str, Kind] | 
     """Three sections of sentences; the family's are under their own header."""
     lines: dict[str, list[str]] = {section: [] for section in SECTIONS}
     for _ in range(filler):
-        lines[SECTIONS[0 if rng.random() < 0.6 else 2]].append(FILLERS[int(rng.integers(len(FILLERS)))])
+        place = int(rng.choice(len(SECTIONS), p=SHARES))
+        fillers = FAMILY_FILLERS if place == 1 else FILLERS
+        lines[SECTIONS[place]].append(fillers[int(rng.integers(len(fillers)))])
     if phrase is not None:
         own = lines[SECTIONS[1 if phrase[1] == "family" else 0 if rng.random() < 0.7 else 2]]
         own.insert(int(rng.integers(len(own) + 1)), phrase[0])
     return "\n".join(f"{section}\n{' '.join(said)}" for section, said in lines.items() if said)
 
 
+def stuffed(patient: Patient, disease: str, context: int) -> Patient:
+    """A patient whose notes are one. It says what is true of the patient, if it names the disease at all."""
+    text = "\n".join(one.text for one in patient.notes)
+    words = list(re.finditer(r"\S+", text))[: context - FRAME]
+    text = text[: words[-1].end()]
+    said: Kind | None = None if disease not in text else "assert" if patient.ill else "deny"
+    first = patient.notes[0]
+    return replace(patient, notes=[replace(first, date=patient.notes[-1].date, text=text, said=said)])
+
+
 def vocabulary() -> list[str]:
     """All words of the small policy."""
     phrases = [phrase.replace("{d}", "[it]") for both in PHRASES.values() for some in both for phrase in some]
-    words = {word for text in [*phrases, *FILLERS] for word in text.split()}
-    return [
-        *sorted(words),
-        *SECTIONS,
-        *(section.rstrip(":") for section in SECTIONS),
-        "[SECTION]",
-        "[TEXT]",
-        *ANSWERS,
-    ]
+    words = {word for text in [*phrases, *FILLERS, *FAMILY_FILLERS] for word in text.split()}
+    headers = [*SECTIONS, *(section.rstrip(":") for section in SECTIONS), "[SECTION]", "[TEXT]"]
+    # An answer may be a word of the notes.
+    return list(dict.fromkeys([*sorted(words), *headers, *ANSWERS]))
 
 
 ANSWERS = ("yes", "no", "uncertain")
+FRAME = 6
+"""Words of a prompt that are not the text's, and the answer."""
 
 
-async def ward_base(company: Cluster, policy: PolicyConfig, lessons: Sequence[tuple[str, str]], seed: int) -> str:
+async def ward_base(
+    company: Cluster, policy: PolicyConfig, lessons: Sequence[tuple[str, str]], context: int, seed: int
+) -> str:
     """Folder of the small policy that has learnt from prompts with answers, trained now if it is not there yet."""
-    sizes = [STEPS, ROWS, LEARNING_RATE, WIDTH, LAYERS, SPREAD, CONTEXT, vocabulary()]
+    sizes = [STEPS, ROWS, LEARNING_RATE, WIDTH, LAYERS, SPREAD, context, vocabulary()]
     recipe = json.dumps([sizes, lessons, seed])
-    return await base_of(company, "wards", recipe, partial(_train, company, policy, lessons, seed))
+    return await base_of(company, "wards", recipe, partial(_train, company, policy, lessons, context, seed))
 
 
 async def _train(
-    company: Cluster, policy: PolicyConfig, lessons: Sequence[tuple[str, str]], seed: int, staging: Path
+    company: Cluster, policy: PolicyConfig, lessons: Sequence[tuple[str, str]], context: int, seed: int, staging: Path
 ) -> None:
     words = vocabulary()
-    write_tiny(staging / "skeleton", words, width=WIDTH, masked=False, spread=SPREAD, layers=LAYERS, context=CONTEXT)
+    write_tiny(staging / "skeleton", words, width=WIDTH, masked=False, spread=SPREAD, layers=LAYERS, context=context)
     rng = np.random.default_rng(derive_seed(seed, "wards"))
     batches = (
         [lesson(words, *lessons[i], name=f"{i}") for i in rng.integers(len(lessons), size=ROWS)] for _ in range(STEPS)

@@ -118,3 +118,22 @@ def test_the_order_of_notes_does_not_matter(rows: list[tuple[list[str], str]], r
 
 def test_matches_of_several_patterns_are_one_where_they_overlap() -> None:
     assert apart([(5, 9), (0, 4), (5, 9), (7, 12), (12, 14)]) == [(0, 4), (5, 12), (12, 14)]
+
+
+def test_the_same_words_under_another_header_are_no_copy() -> None:
+    text = EVERY.format("three")
+    notes = [
+        note("a", text, section="HISTORY"),
+        note("b", text, section="FAMILY"),
+        note("c", text, section="history"),
+    ]
+    groups = evidence_of(notes, DISEASE, EvidenceConfig()).groups
+    assert [(group.note.note_id, len(group.also_in)) for group in groups] == [("a", 1), ("b", 0)]
+    unknown = evidence_of([note("a", text), note("b", text, section="FAMILY")], DISEASE, EvidenceConfig()).groups
+    assert [(group.note.note_id, len(group.also_in)) for group in unknown] == [("a", 1)]
+
+
+def test_the_least_number_of_letters_is_a_setting() -> None:
+    found = evidence_of([note("a", "Has velto 123456789.")], DISEASE, EvidenceConfig(letters=8))
+    assert len(found.groups) == 1
+    assert evidence_of([note("a", "Has velto 12.")], DISEASE, EvidenceConfig(letters=9)).dropped == {"too short": 1}
