@@ -26,7 +26,7 @@ PANELS = {
     "Tokens of prompts per bucket": ["tokens"],
 }
 SUMMED = (
-    *("notes", "rejects", "patients", "snippets", "questions", "asked", "tokens", "decoded"),
+    *("scan/notes", "scan/rejects", "patients", "snippets", "questions", "asked", "tokens", "decoded"),
     *("yes", "no", "uncertain", "no_evidence", "failed"),
 )
 
@@ -128,7 +128,7 @@ def planned(folder: Path, config: Config, rows: Sequence[Mapping[str, float]], r
     t = totals_of(rows)
     longest = max((int(row.get("longest") or 0) for row in rows), default=0)
     notes = [
-        f"{t['notes']:,} notes read, {t['rejects']:,} rows rejected (rejects.jsonl); {t['patients']:,} patients;"
+        f"{t['scan/notes']:,} notes read, {t['scan/rejects']:,} rows rejected (rejects.jsonl); {t['patients']:,} patients;"
         f" {t['snippets']:,} snippets.",
         f"{t['questions']:,} questions, {t['asked']:,} of them to be asked: {t['tokens']:,} tokens of prompts.",
         f"The longest prompt has {longest:,} tokens; {t['too_long']:,} exceed the {room:,} that the policy can read.",
