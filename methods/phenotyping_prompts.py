@@ -32,6 +32,8 @@ WRITE = (
 """The form of an answer that is chosen, and of one that is written."""
 REVISE = "This cannot be used. {wrong} Write the JSON object again, and nothing else."
 """What is asked after an answer that cannot be used."""
+WRONG_OBJECT = "There is no JSON object in it."
+WRONG_QUOTE = "quote: its words do not stand in the text like this; expected some that are copied from it."
 FINDINGS = (
     "What single texts of one patient's notes say of it, oldest first: when they were written, the answer about each,"
     " its words."
@@ -40,6 +42,8 @@ TOGETHER = "Question: All of this taken together, does it hold: {description}"
 """What is asked of a patient's verdicts."""
 MOST_WRITTEN = 128
 """Most tokens of a written answer."""
+MOST_QUOTED, MOST_REASONED = 200, 80
+"""Characters for which its form has room, so that it is whole before so many tokens."""
 PLACEHOLDER = "[it]"
 """What stands for a match where the name of the disease is hidden."""
 OPEN, CLOSE = "<<<", ">>>"
@@ -82,7 +86,8 @@ class PromptConfig(Message):
     def digest(self) -> str:
         """Of the template, and of the words that are in this file."""
         told: list[object] = [self.model_dump(mode="json"), ROLE, EXAMPLES, PLACEHOLDER, OPEN, CLOSE]
-        told += [CHOOSE, WRITE, STATUSES, REVISE, FINDINGS, TOGETHER, MOST_WRITTEN]
+        told += [CHOOSE, WRITE, STATUSES, REVISE, WRONG_OBJECT, WRONG_QUOTE, FINDINGS, TOGETHER]
+        told += [MOST_WRITTEN, MOST_QUOTED, MOST_REASONED]
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -10,9 +10,13 @@ from numpy.typing import NDArray
 
 from methods.phenotyping_prompts import (
     ANSWERS,
+    MOST_QUOTED,
+    MOST_REASONED,
     MOST_WRITTEN,
     REVISE,
     STATUSES,
+    WRONG_OBJECT,
+    WRONG_QUOTE,
     Answer,
     PromptConfig,
     pieces,
@@ -23,8 +27,6 @@ from protocols.policy import PolicyService, SampleRequest, TokenizeRequest
 from protocols.tensor import Tensor
 
 Ids = NDArray[np.int32]
-WRONG_OBJECT = "There is no JSON object in it."
-WRONG_QUOTE = "quote: its words do not stand in the text like this; expected some that are copied from it."
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,8 @@ def schema_of(prompt: PromptConfig) -> str:
     fields: dict[str, Any] = {
         "answer": {"enum": [prompt.labels[one] for one in ANSWERS]},
         "status": {"enum": list(STATUSES)},
-        "quote": {"type": "string"},
-        "reason": {"type": "string"},
+        "quote": {"type": "string", "maxLength": MOST_QUOTED},
+        "reason": {"type": "string", "maxLength": MOST_REASONED},
     }
     told = {"type": "object", "properties": fields, "required": list(fields), "additionalProperties": False}
     return json.dumps(told)

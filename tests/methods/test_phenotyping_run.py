@@ -177,8 +177,9 @@ async def test_ids_of_several_texts_are_flagged_and_repeated_notes_dropped(run: 
     assert len({cited["note_digest"] for cited in one["evidence"]} - {""}) == 2
 
 
+@pytest.mark.parametrize("words", [(), ("answer=sample", "reduce.by=llm"), ("reduce.by=llm", "budget_tokens=9999")])
 async def test_no_words_of_notes_are_in_logs_metrics_or_errors(
-    run: Run, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+    run: Run, words: tuple[str, ...], caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     secret = "Zebulon4711"
     notes: list[Any] = [
@@ -188,7 +189,7 @@ async def test_no_words_of_notes_are_in_logs_metrics_or_errors(
         {"patient_id": "p", "note_id": "n", "texts": secret},
     ]
     with caplog.at_level(logging.DEBUG):
-        done = await run("canary", notes)
+        done = await run("canary", notes, *words)
     assert len((done.folder / "rejects.jsonl").read_text().splitlines()) == 3
     printed = capsys.readouterr()
     assert secret not in caplog.text + printed.out + printed.err

@@ -15,11 +15,19 @@ from methods import phenotyping_answers
 from methods.phenotyping_answers import AnswerStore, Question, Said, ask, make_asker
 from methods.phenotyping_decide import rule_of
 from methods.phenotyping_definition import Definition
-from methods.phenotyping_prompts import CLOSE, MOST_WRITTEN, OPEN, PLACEHOLDER, STATUSES, PromptConfig, shown
-from methods.phenotyping_reduce import ReduceConfig, decide, patient_score
-from methods.phenotyping_sample import (
+from methods.phenotyping_prompts import (
+    CLOSE,
+    MOST_WRITTEN,
+    OPEN,
+    PLACEHOLDER,
+    STATUSES,
     WRONG_OBJECT,
     WRONG_QUOTE,
+    PromptConfig,
+    shown,
+)
+from methods.phenotyping_reduce import ReduceConfig, decide, patient_score
+from methods.phenotyping_sample import (
     Written,
     find_quote,
     first_object,
@@ -104,6 +112,7 @@ async def test_an_engine_that_can_is_held_to_the_form(run: Run) -> None:
     assert schema["required"] == ["answer", "status", "quote", "reason"] and not schema["additionalProperties"]
     assert schema["properties"]["answer"] == {"enum": ["yes", "no", "uncertain"]}
     assert schema["properties"]["status"] == {"enum": list(STATUSES)}
+    assert [schema["properties"][name]["maxLength"] for name in ("quote", "reason")] == [200, 80]
 
 
 @pytest.mark.parametrize(
