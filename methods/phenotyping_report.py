@@ -128,8 +128,8 @@ def planned(folder: Path, config: Config, rows: Sequence[Mapping[str, float]], r
     t = totals_of(rows)
     longest = max((int(row.get("longest") or 0) for row in rows), default=0)
     notes = [
-        f"{t['scan/notes']:,} notes read, {t['scan/rejects']:,} rows rejected (rejects.jsonl); {t['patients']:,} patients;"
-        f" {t['snippets']:,} snippets.",
+        f"{t['scan/notes']:,} notes read, {t['scan/rejects']:,} rows rejected (rejects.jsonl);"
+        f" {t['patients']:,} patients; {t['snippets']:,} snippets.",
         f"{t['questions']:,} questions, {t['asked']:,} of them to be asked: {t['tokens']:,} tokens of prompts.",
         f"The longest prompt has {longest:,} tokens; {t['too_long']:,} exceed the {room:,} that the policy can read.",
         "Nothing was asked or decided.",

@@ -126,7 +126,7 @@ async def test_an_engine_that_can_is_held_to_the_form(run: Run) -> None:
         ("yes", WRONG_OBJECT),
         ('{"answer": "yes", "status": "present", "quote": "She h', WRONG_OBJECT),
         ('["answer"]', WRONG_OBJECT),
-        ('{"a":' * 100000, WRONG_OBJECT),
+        ('{"a":' * 2000, WRONG_OBJECT),
         ('{"answer": ' + "9" * 5000 + "}", WRONG_OBJECT),
         ("{}", "answer: expected one of yes, no, uncertain."),
         (told("maybe", "present", "She"), "answer: expected one of yes, no, uncertain."),
