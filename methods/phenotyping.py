@@ -5,8 +5,6 @@ decision per patient (reduce). No labels are needed. Little of the paper could b
 our design is in docs/methods/phenotyping.md.
 """
 
-import json
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,12 +18,12 @@ from methods.phenotyping_config import Config, preset
 from methods.phenotyping_cost import cost_of, note_down, plan_of
 from methods.phenotyping_decide import Decided, Origin, cases_of, decided
 from methods.phenotyping_definition import Definition
+from methods.phenotyping_input import check_input, id_of, input_of, keep_input
 from methods.phenotyping_llm import check_reads, read_verdicts
 from methods.phenotyping_notes import Part, check_tables, parts_of
 from methods.phenotyping_report import finish, metrics_of, planned
 from methods.phenotyping_scan import PartCounts, Scan, bucket_name, counts_file, read_bucket, scan_part, spread
 from methods.phenotyping_source import model_digest, source_of
-from protocols.errors import BadInput
 from protocols.model import ModelConfig
 from protocols.retriever import RetrieverService, SnippetsRequest
 from protocols.service import Empty
@@ -65,6 +63,8 @@ async def run(cluster: Cluster, config: Config) -> None:
     )
     folder = cluster.directory.path
     origin = Origin(model_digest(source.model), config.prompt, folder.name)
+    begun = input_of(parts, source.definitions, origin.model)
+    check_input(folder, begun)
     scan = Scan(
         sets=sets, window=config.window, columns=config.columns, encoding=config.encoding, folder=f"{folder}/scan"
     )
@@ -73,6 +73,7 @@ async def run(cluster: Cluster, config: Config) -> None:
     try:
         async for step in cluster.steps(state, first=0):
             if step.index == 0:
+                keep_input(folder, begun)
                 step.log(await read_notes(config, retriever, scan, parts, step))
                 spread(folder, len(parts), config.steps, step.activity)
                 continue
@@ -96,10 +97,9 @@ def opened(config: Config, folder: Path) -> list[AnswerStore]:
 async def read_notes(
     config: Config, retriever: RetrieverService, scan: Scan, parts: Sequence[Part], step: Step
 ) -> dict[str, float]:
-    """The first pass, over the parts that have not been read yet. Raises BadInput if the input has changed since."""
+    """The first pass, over the parts that have not been read yet."""
     folder = Path(scan.folder)
     folder.mkdir(parents=True, exist_ok=True)
-    check_unchanged(folder / "input.json", parts)
     left = [part for part in parts if not counts_file(folder, part.index).is_file()]
     done = len(parts) - len(left)
     work = partial(scan_part, retriever, scan)
@@ -108,19 +108,6 @@ async def read_notes(
         step.activity(f"notes: part {done} of {len(parts)}")
     counts = [PartCounts.model_validate_json(counts_file(folder, part.index).read_text()) for part in parts]
     return {f"scan/{name}": float(sum(getattr(one, name) for one in counts)) for name in PartCounts.model_fields}
-
-
-def check_unchanged(file: Path, parts: Sequence[Part]) -> None:
-    """Keep what the input is, or raise BadInput if it is not what it was when the run began."""
-    files = sorted({part.file for part in parts})
-    now = {name: [os.stat(name).st_size, os.stat(name).st_mtime_ns] for name in files}
-    if file.is_file():
-        before = json.loads(file.read_text(encoding="utf-8"))
-        changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
-        if changed:
-            raise BadInput(f"notes: {changed[0]} has changed since the run began; choose another run=")
-    else:
-        write_atomically(file, json.dumps(now))
 
 
 async def decide_bucket(
@@ -137,7 +124,7 @@ async def decide_bucket(
     patients = read_bucket(folder / "buckets" / bucket_name(step.index))
     cases = cases_of(patients, definitions, config.evidence, origin)
     questions = [question for case in cases for question in case.questions]
-    asked_for = f"{origin.run}/{step.index}"
+    asked_for = f"{id_of(folder)}/{step.index}"
     if config.dry_run or config.budget_tokens:
         cost = await cost_of(asker, questions, stores, asked_for)
         if config.dry_run:

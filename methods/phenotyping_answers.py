@@ -18,6 +18,8 @@ from protocols.policy import PolicyService, SampleRequest, ScoreRequest, Tokeniz
 from protocols.tensor import Tensor
 
 Ids = NDArray[np.int32]
+LOCKED_S = 60.0
+"""How long to wait for another run that writes to the same file."""
 KEYS_AT_ONCE = 500
 SURE: dict[Answer, tuple[float, float, float]] = {"yes": (1, 0, 0), "no": (0, 1, 0), "uncertain": (0.5, 0, 0.5)}
 """What a written answer counts as (specification 2.6)."""
@@ -60,7 +62,7 @@ class AnswerStore:
     def __init__(self, file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self._base = sqlite3.connect(file)
+            self._base = sqlite3.connect(file, timeout=LOCKED_S)
             self._base.execute("PRAGMA journal_mode=WAL")
             self._base.execute("PRAGMA synchronous=FULL")
             self._base.execute(
@@ -172,7 +174,8 @@ async def ask(
         for call in waiting:
             said = await answered(asker, call, asked_for)
             store.add(said)
-            known.update(said)
+            # Where another run was first, its answer counts.
+            known.update(store.known(list(said)))
             done += len(call)
             show(done, len(mine))
 

@@ -40,7 +40,6 @@ class Config(MethodConfig):
         "labels",
         "label_columns",
         "review",
-        "budget_tokens",
         "recorded",
     }
     SHORTCUTS: ClassVar[dict[str, str]] = {"answer": "prompt.answer"}
@@ -104,7 +103,7 @@ class Config(MethodConfig):
     budget_tokens: int = Field(default=0, ge=0)
     """The run ends itself before the bucket whose questions would bring its prompts above so many tokens; 0: no
     limit. What reduce.by=llm and revisions of written answers read is known afterwards, and counts from the next
-    bucket on."""
+    bucket on. Such a run is over; another one with `answers=RUN/answers.sqlite` asks nothing again."""
     dry_run: bool = False
     """Read the notes, and count the questions that `answers` does not hold and their tokens; nothing is asked or
     decided."""

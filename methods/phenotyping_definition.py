@@ -111,10 +111,14 @@ class Definition(Message):
 
 
 def expression_of(term: str) -> str:
-    """A term as an expression: any blanks between its words, and no letter or digit directly around it."""
-    words = r"\s+".join(re.escape(word) for word in term.split())
+    """A term as an expression: any blanks between its words, and no letter or digit directly around it.
+
+    RE2's own blanks and word boundaries know ASCII alone, so the group is the match and what is around it context.
+    """
+    words = r"[\s\p{Z}]+".join(re.escape(word) for word in term.split())
     first, last = term.strip()[0], term.strip()[-1]
-    return ("\\b" if first.isalnum() else "") + words + ("\\b" if last.isalnum() else "")
+    before = r"(?:^|[^\p{L}\p{M}\p{N}_])" if first.isalnum() else ""
+    return f"{before}({words})" + (r"(?:[^\p{L}\p{M}\p{N}_]|$)" if last.isalnum() else "")
 
 
 def read_definitions(paths: Sequence[str]) -> list[Definition]:

@@ -21,6 +21,8 @@ from protocols.retriever import Document, PatternSet, RetrieverService, Snippet,
 from protocols.service import Message
 
 NOTES_PER_CALL = 256
+FILES_AT_ONCE = 400
+"""Buckets that are written side by side; a process may not have many files open."""
 CHARACTERS_PER_CALL = 1 << 20
 
 
@@ -202,18 +204,19 @@ def spread(folder: Path, parts: int, buckets: int, show: Callable[[str], None]) 
     staging = folder / ".buckets"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
-    with ExitStack() as stack:
-        files = [
-            stack.enter_context(open(staging / bucket_name(i), "w", encoding="utf-8")) for i in range(1, buckets + 1)
-        ]
-        for index in range(parts):
-            if index % 10 == 0:
-                show(f"patients are put together: part {index} of {parts}")
-            for line in open(folder / "scan" / f"part-{index:06d}.jsonl", encoding="utf-8"):  # noqa: SIM115
-                files[bucket_of(json.loads(line)["patient_id"], buckets)].write(line)
-        for file in files:
-            file.flush()
-            os.fsync(file.fileno())
+    for first in range(0, buckets, FILES_AT_ONCE):
+        few = range(first, min(first + FILES_AT_ONCE, buckets))
+        with ExitStack() as stack:
+            files = {i: stack.enter_context(open(staging / bucket_name(i + 1), "w", encoding="utf-8")) for i in few}
+            for index in range(parts):
+                show(f"patients are put together: part {index} of {parts}, buckets from {first + 1}")
+                with open(folder / "scan" / f"part-{index:06d}.jsonl", encoding="utf-8") as lines:
+                    for line in lines:
+                        if (i := bucket_of(json.loads(line)["patient_id"], buckets)) in few:
+                            files[i].write(line)
+            for file in files.values():
+                file.flush()
+                os.fsync(file.fileno())
     os.rename(staging, target)
 
 

@@ -134,12 +134,12 @@ async def ward_lessons(config: Config, retriever: RetrieverService) -> list[tupl
 
 
 def model_digest(model: str) -> str:
-    """What tells models apart: of a folder its weights and configuration, else the name."""
+    """What tells models apart: of a folder all files in it, else the name."""
     folder = Path(model)
     digest = hashlib.sha256()
     if not folder.is_dir():
         digest.update(model.encode())
-    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]) if folder.is_dir() else []:
+    for file in sorted(one for one in folder.iterdir() if one.is_file()) if folder.is_dir() else []:
         digest.update(file.name.encode())
         with open(file, "rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())

@@ -3,12 +3,15 @@
 import re
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from methods.phenotyping_definition import Definition, expression_of, read_definitions
+from actors.retriever.retriever import RetrieverActor
+from methods.phenotyping_definition import Definition, read_definitions
 from methods.phenotyping_rules import Fact, Rule, any_code, cue
 from protocols.errors import BadInput
+from protocols.retriever import Document, RetrieverConfig, RetrieverService, SnippetsRequest
 
 SHIPPED = Path(__file__).parents[2] / "methods" / "definitions"
 SMALL = "phenotype_id: x\nversion: 1\nname: X\ndescription: Has x.\n"
@@ -64,10 +67,28 @@ def test_terms_become_expressions() -> None:
     )  # fmt: skip
     found = one.pattern_set()
     assert [p.case_sensitive for p in found.include] == [False, True, False]
-    assert found.include[0].expression == r"\bdeep\s+vein\s+\(leg\)"
+    assert found.include[0].expression == r"(?:^|[^\p{L}\p{M}\p{N}_])(deep[\s\p{Z}]+vein[\s\p{Z}]+\(leg\))"
     assert (found.include[2].expression, found.exclude[0].expression) == ("a+b", "c")
-    term = re.compile(expression_of("a-fib"))
-    assert term.search("an a-fib.") and not term.search("ta-fib")
+
+
+@pytest.mark.parametrize(
+    ("term", "text", "found"),
+    [
+        ("a-fib", "An A-FIB.", ["A-FIB"]),
+        ("a-fib", "ta-fib a-fibs xa-fib", []),
+        ("épilepsie", "Une Épilepsie, épilepsies", ["Épilepsie"]),
+        ("ödem", "xödem Ödem", ["Ödem"]),
+        ("диабет", "диабет диабет", ["диабет", "диабет"]),
+        ("deep vein thrombosis", "deep\u00a0vein\n thrombosis", ["deep\u00a0vein\n thrombosis"]),
+        ("(leg)", "x(leg)y", ["(leg)"]),
+    ],
+)
+async def test_terms_are_found_in_any_script(toys: Any, term: str, text: str, found: list[str]) -> None:
+    one = Definition(phenotype_id="x", version="1", name="X", description="d", terms=[term])
+    retriever = await toys.serve(RetrieverService, RetrieverActor(RetrieverConfig(kind="pattern")))
+    request = SnippetsRequest(documents=[Document(id="d", text=text)], sets=[one.pattern_set()])
+    told = (await retriever.snippets(request)).snippets
+    assert [text[match.start : match.end] for snippet in told for match in snippet.matches] == found
 
 
 def test_shipped_definitions_are_sound() -> None:

@@ -4,6 +4,7 @@ import csv
 import json
 import logging
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -154,16 +155,30 @@ async def test_a_scan_that_is_killed_reads_the_other_parts_only(
     assert done.rows == whole.rows
 
 
-async def test_notes_that_have_changed_are_refused(run: Run, tmp_path: Path) -> None:
-    await run("one", ward(3))
-    (tmp_path / "one-notes.jsonl").write_text(json.dumps(note("p", 0, "x")) + "\n")
-    config = tmp_path / "runs" / "one" / "checkpoints"
-    for folder in config.iterdir():
-        for file in folder.iterdir():
-            file.unlink()
-        folder.rmdir()
-    with pytest.raises(BadInput, match=r"one-notes.jsonl has changed since the run began"):
-        await run("one", tmp_path / "one-notes.jsonl")
+async def test_a_run_goes_on_with_what_it_was_begun_with_only(run: Run, tmp_path: Path) -> None:
+    first = await run("one", ward(3))
+    notes = tmp_path / "one-notes.jsonl"
+    assert (await run("one", notes)).decisions == first.decisions
+    told = notes.read_text()
+    notes.write_text(told + json.dumps(note("new", 0, "He has veltosis, as was known before.")) + "\n")
+    with pytest.raises(BadInput, match=r"notes: .*one-notes.jsonl has changed since the run began"):
+        await run("one", notes)
+    one = await run("two", notes)
+    for text in (VELTO.replace("version: 1", "version: 2"), VELTO + "enabled: false\n"):
+        (tmp_path / "velto.yaml").write_text(text)
+        with pytest.raises(BadInput, match="definitions: velto has changed since the run began"):
+            await run("two", notes)
+    assert ("new", "velto") in one.decisions
+
+
+async def test_a_run_of_the_same_name_does_not_take_credit_for_one_that_is_gone(run: Run, tmp_path: Path) -> None:
+    shared = f"answers={tmp_path / 'shared.sqlite'}"
+    notes = ward(6)
+    first = await run("one", notes, shared)
+    shutil.rmtree(first.folder)
+    again = await run("one", tmp_path / "one-notes.jsonl", shared)
+    assert sum(row["asked"] for row in again.rows[1:]) == 0 and not again.policy.scored
+    assert comparable(again.decisions) == comparable(first.decisions)
 
 
 async def test_ids_of_several_texts_are_flagged_and_repeated_notes_dropped(run: Run) -> None:

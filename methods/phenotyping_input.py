@@ -1,0 +1,49 @@
+"""What a run was begun with: the same command goes on with the same notes, definitions and model only."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from cluster.run_directory import write_atomically
+from methods.phenotyping_definition import Definition
+from methods.phenotyping_notes import Part
+from protocols.errors import BadInput
+
+FILE = "input.json"
+
+
+def input_of(parts: Sequence[Part], definitions: Sequence[Definition], model: str) -> dict[str, dict[str, Any]]:
+    """Size and time of the files, digests of all else."""
+    files = {part.file: os.stat(part.file) for part in parts}
+    return {
+        "notes": {name: [one.st_size, one.st_mtime_ns] for name, one in files.items()},
+        "definitions": {one.phenotype_id: one.digest for one in definitions},
+        "policy.model": {model: True},
+    }
+
+
+def check_input(folder: Path, now: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise BadInput if the run in a folder was begun with something else."""
+    if not (folder / FILE).is_file():
+        return
+    before = json.loads((folder / FILE).read_text(encoding="utf-8"))
+    for what, values in now.items():
+        changed = sorted(
+            name for name in before[what].keys() | values.keys() if before[what].get(name) != values.get(name)
+        )
+        if changed:
+            raise BadInput(f"{what}: {changed[0]} has changed since the run began; choose another run=")
+
+
+def keep_input(folder: Path, now: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write it down, if that has not been done."""
+    if not (folder / FILE).is_file():
+        write_atomically(folder / FILE, json.dumps({"id": uuid4().hex, **now}))
+
+
+def id_of(folder: Path) -> str:
+    """What tells a run from all others, also from one of the same name that is gone: answers say who asked."""
+    return str(json.loads((folder / FILE).read_text(encoding="utf-8"))["id"])
