@@ -1,6 +1,6 @@
 """Every setting of phenotyping: notes, definitions, the policy and how it is asked."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -19,6 +19,8 @@ from protocols.policy import PolicyConfig
 from protocols.retriever import RetrieverConfig, Window
 
 PRESETS = Path(__file__).parent / "presets"
+LABEL_FIELDS = ("patient_id", "phenotype", "label")
+"""Of the table of labels."""
 
 
 def preset(given: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -28,6 +30,14 @@ def preset(given: Mapping[str, Any]) -> Mapping[str, Any]:
         return {}
     values: Mapping[str, Any] = yaml.safe_load((PRESETS / f"phenotyping-{name}.yaml").read_text(encoding="utf-8"))
     return values
+
+
+def known(given: dict[str, str], fields: Sequence[str]) -> dict[str, str]:
+    """Names of columns of these fields. Raises ValueError for another field."""
+    unknown = sorted(set(given) - set(fields))
+    if unknown:
+        raise ValueError(f"{unknown[0]}: unknown field; expected one of {', '.join(fields)}")
+    return given
 
 
 class Config(MethodConfig):
@@ -116,10 +126,12 @@ class Config(MethodConfig):
     @field_validator("columns")
     @classmethod
     def _known(cls, given: dict[str, str]) -> dict[str, str]:
-        unknown = sorted(set(given) - set(FIELDS))
-        if unknown:
-            raise ValueError(f"{unknown[0]}: unknown field; expected one of {', '.join(FIELDS)}")
-        return given
+        return known(given, FIELDS)
+
+    @field_validator("label_columns")
+    @classmethod
+    def _known_of_labels(cls, given: dict[str, str]) -> dict[str, str]:
+        return known(given, LABEL_FIELDS)
 
     @field_validator("recorded")
     @classmethod

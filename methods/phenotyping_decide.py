@@ -120,7 +120,7 @@ class Case:
     @property
     def different(self) -> int:
         """Groups, those beyond the cap included."""
-        return len(self.evidence.groups) + self.evidence.dropped.get("beyond the cap", 0)
+        return self.evidence.different
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from methods.phenotyping_measures import (
     cross_fitted,
     mcnemar,
 )
-from methods.phenotyping_reduce import ReduceConfig, Reducer, patient_score
+from methods.phenotyping_reduce import ReduceConfig, Reducer, decide, patient_score
 from methods.phenotyping_rules import Fact, any_code, cue
 
 FORMULAS: tuple[Reducer, ...] = ("max", "count", "mean", "noisy_or", "log_odds", "recency")
@@ -91,6 +91,8 @@ class Evaluation:
     """f: share of the snippets about healthy patients whose score reaches the threshold."""
     alarms: list[Alarms]
     """By number of questions."""
+    flagged: bool = False
+    """Whether there are labels of decisions that were flagged for review; they say nothing about recall and F1."""
 
 
 def evaluate(
@@ -100,8 +102,12 @@ def evaluate(
     labels: Mapping[str, bool | None],
     facts: Mapping[str, Sequence[Fact]],
     seed: int,
+    *,
+    flagged: bool = False,
 ) -> Evaluation:
-    """`decisions` and `labels` by patient, of this phenotype. A labelled patient without notes has no evidence."""
+    """`decisions` and `labels` by patient, of this phenotype. A labelled patient without notes has no evidence.
+    Scores in the band count as no, save where a threshold is chosen on other patients. `flagged`: some labels are of
+    decisions that were flagged for review."""
     known = sorted(patient for patient, label in labels.items() if label is not None)
     truth = [bool(labels[patient]) for patient in known]
     rows = [decisions.get(patient) for patient in known]
@@ -118,7 +124,8 @@ def evaluate(
     for formula in FORMULAS:
         config = rule.model_copy(update={"by": formula})
         own = scores[f"MapReduce, {formula}"] = [score_of(some, config) for some in cited]
-        systems[f"MapReduce, {formula}"] = [score >= rule.threshold for score in own]
+        pairs = zip(own, cited, strict=True)
+        systems[f"MapReduce, {formula}"] = [decide(score, len(some), config) == "yes" for score, some in pairs]
     systems["as decided"] = [row is not None and row.decision == "yes" for row in rows]
     folds = [zlib.crc32(patient.encode("utf-8", "surrogatepass")) % FOLDS for patient in known]
     thresholds: dict[str, list[float]] = {}
@@ -154,6 +161,7 @@ def evaluate(
         measured=measured,
         snippet_alarms=rate,
         alarms=by_questions,
+        flagged=flagged,
     )
 
 

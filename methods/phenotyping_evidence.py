@@ -5,6 +5,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 
+from pydantic import Field
+
 from methods.phenotyping_definition import Definition
 from methods.phenotyping_scan import Finding, Scanned
 from protocols.service import Message
@@ -15,12 +17,12 @@ MARKS = re.compile(r"[\W_]+")
 class EvidenceConfig(Message):
     """Which snippets are asked about."""
 
-    jaccard: float = 0.9
+    jaccard: float = Field(default=0.9, gt=0)
     """Snippets of a patient whose sets of three words in a row overlap by this share are one; above 1: none are,
     exact copies included."""
-    most: int = 64
+    most: int = Field(default=64, ge=1)
     """Most questions per patient and phenotype: from each note one first, the latest notes before others."""
-    letters: int = 20
+    letters: int = Field(default=20, ge=0)
     """Snippets of fewer letters are not asked about."""
 
 
@@ -49,7 +51,9 @@ class Evidence:
     found: int
     """Snippets before filters, copies included."""
     dropped: dict[str, int]
-    """Snippets that were left out, by reason."""
+    """Snippets that were left out, by reason, copies included."""
+    different: int
+    """Groups, those beyond the cap included."""
 
 
 def current(notes: Sequence[Scanned]) -> tuple[list[Scanned], set[str]]:
@@ -58,7 +62,8 @@ def current(notes: Sequence[Scanned]) -> tuple[list[Scanned], set[str]]:
     replaced = {name for note in notes for name in note.replaces}
     seen: dict[str, set[str]] = {}
     kept = []
-    for note in notes:
+    # Of equal notes the first of the order stays, in whichever order they were read.
+    for note in sorted(notes, key=order_of):
         digests = seen.setdefault(note.note_id, set())
         if note.note_id in replaced or note.digest in digests:
             continue
@@ -89,13 +94,18 @@ def evidence_of(notes: Sequence[Scanned], definition: Definition, config: Eviden
         group.days_before = (last - own).days if last and own else None
     sent = capped(groups, config.most)
     if len(groups) > len(sent):
-        dropped["beyond the cap"] = len(groups) - len(sent)
-    return Evidence(sent, found, dropped)
+        dropped["beyond the cap"] = snippets_in(groups) - snippets_in(sent)
+    return Evidence(sent, found, dropped, len(groups))
 
 
-def order_of(note: Scanned) -> tuple[str, str, str]:
+def snippets_in(groups: Sequence[Group]) -> int:
+    """How many snippets groups stand for."""
+    return sum(1 + len(group.also_in) for group in groups)
+
+
+def order_of(note: Scanned) -> tuple[str, ...]:
     """Oldest first; undated notes at the beginning."""
-    return note.date, note.note_id, note.digest
+    return note.date, note.note_id, note.digest, note.note_type, note.encounter_id
 
 
 def day_of(text: str) -> date | None:
@@ -140,30 +150,26 @@ def jaccard(one: frozenset[tuple[str, ...]], other: frozenset[tuple[str, ...]]) 
 def grouped(snippets: Iterable[tuple[Scanned, Finding]], least: float) -> list[Group]:
     """Each snippet joins the first group whose own one it nearly repeats, under the same header as far as headers are
     known. With `least` above 1 all stay apart."""
-    groups: list[Group] = []
-    exact: dict[str, list[Group]] = {}
-    shapes: list[frozenset[tuple[str, ...]]] = []
+    groups: list[tuple[Group, str, frozenset[tuple[str, ...]]]] = []
+    exact: dict[str, list[tuple[Group, str]]] = {}
     for note, finding in snippets:
-        text = normalised(finding.text)
+        text, header = normalised(finding.text), normalised(finding.section)
         shape, same = trigrams(text), exact.setdefault(text, [])
-        home = next((g for g in same if same_header(g.finding, finding)), None) if least <= 1 else None
+        home = next((g for g, h in same if same_header(h, header)), None) if least <= 1 else None
         if home is None and least <= 1:
-            pairs = zip(groups, shapes, strict=True)
-            home = next((g for g, s in pairs if same_header(g.finding, finding) and alike(s, shape, least)), None)
+            home = next((g for g, h, s in groups if same_header(h, header) and alike(s, shape, least)), None)
         if home is None:
             home = Group(note, finding)
-            groups.append(home)
-            shapes.append(shape)
-            same.append(home)
+            groups.append((home, header, shape))
+            same.append((home, header))
         else:
             home.also_in.append((note, finding))
-    return groups
+    return [group for group, _, _ in groups]
 
 
-def same_header(one: Finding, other: Finding) -> bool:
-    """Whether the headers above two snippets may be the same; an unknown one may be any."""
-    headers = normalised(one.section), normalised(other.section)
-    return not all(headers) or headers[0] == headers[1]
+def same_header(one: str, other: str) -> bool:
+    """Whether two normalised headers may be the same; an unknown one may be any."""
+    return not one or not other or one == other
 
 
 def alike(one: frozenset[tuple[str, ...]], other: frozenset[tuple[str, ...]], least: float) -> bool:

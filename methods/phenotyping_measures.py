@@ -109,7 +109,12 @@ def best_threshold(truth: Sequence[bool], scores: Sequence[float]) -> float:
     levels = sorted(set(scores))
     middle = [(low + high) / 2 for low, high in pairwise(levels)]
     options = [*middle, levels[0] / 2] if levels[0] > 0 else middle or [0.5]
-    return max(options, key=lambda t: (counts(truth, [score >= t for score in scores]).f1, t))
+    order = np.argsort(scores)
+    # How many patients, and how many ill ones, have a score below each option.
+    below = np.searchsorted(np.asarray(scores, float)[order], options, side="left")
+    ill = np.concatenate([[0], np.cumsum(np.asarray(truth, bool)[order])])
+    f1 = 2 * (ill[-1] - ill[below]) / (len(scores) - below + ill[-1])
+    return max(zip(f1.tolist(), options, strict=True))[1]
 
 
 def cross_fitted(

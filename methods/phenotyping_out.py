@@ -4,12 +4,12 @@ import csv
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from cluster.run_directory import write_atomically
-from methods.phenotyping_decide import Decided, Origin, Place
+from methods.phenotyping_decide import Cited, Decided, Origin
 from methods.phenotyping_definition import Definition
 from methods.phenotyping_evidence import day_of
 from methods.phenotyping_scan import staged
@@ -37,8 +37,9 @@ UNKNOWN = "http://hl7.org/fhir/StructureDefinition/data-absent-reason"
 PARTICIPANTS = "http://terminology.hl7.org/CodeSystem/provenance-participant-type"
 
 
-def write_note_nlp(file: Path, found: Iterable[Decided], origin: Origin) -> None:
-    """One row per cited mention, copies included, as OMOP's NOTE_NLP has it; concept ids are left to the site."""
+def write_note_nlp(file: Path, found: Iterable[Decided], origin: Origin, recorded: str) -> None:
+    """As OMOP's NOTE_NLP has it: one row per match of a cited snippet, and one per copy of the snippet, whose text is
+    not kept. Concept ids are left to the site. `recorded`: when, as the configuration says it."""
     system = f"repertory phenotyping {origin.model} {origin.prompt.digest}"
     with open(staged(file), "w", encoding="utf-8", newline="") as stream:
         rows = csv.writer(stream)
@@ -47,15 +48,22 @@ def write_note_nlp(file: Path, found: Iterable[Decided], origin: Origin) -> None
         for one in found:
             for cited in one.evidence:
                 exists = "Y" if cited.answer == "yes" else "N"
-                variant = cited.quote[cited.matches[0][0] - cited.start : cited.matches[0][1] - cited.start]
                 told = f"phenotype={one.phenotype_id};answer={cited.answer};p={cited.p}"
                 told += f";status={cited.status}" if cited.status else ""
-                own = Place(note_id=cited.note_id, start=cited.start, end=cited.end, date=cited.date)
-                for place in [own, *cited.also_in]:
+                for note, snippet, offset, variant, day in mentions_of(cited):
                     number += 1
-                    row = [number, place.note_id, 0, cited.quote, place.start, variant, 0, system]
-                    rows.writerow([*row, place.date[:10], place.date, exists, "", told])
+                    row = [number, note, 0, snippet, offset, variant, 0, system, recorded[:10], recorded, exists, ""]
+                    rows.writerow([*row, told + (f";note_date={day}" if day else "")])
     staged(file).replace(file)
+
+
+def mentions_of(cited: Cited) -> Iterator[tuple[str, str, int, str, str]]:
+    """Note, snippet, offset, matched text and the note's date: of each match, then of each copy without its text."""
+    for start, end in cited.matches:
+        variant = cited.quote[start - cited.start : end - cited.start]
+        yield cited.note_id, cited.quote, start, variant, cited.date
+    for copy in cited.also_in:
+        yield copy.note_id, "", copy.start, "", copy.date
 
 
 def write_cohort(file: Path, found: Iterable[Decided]) -> None:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from protocols.service import Message
 
@@ -36,6 +36,13 @@ class ReduceConfig(Message):
     """Of log_odds: how much each snippet counts; less than 1, for snippets of one patient repeat each other."""
     recent: int = Field(default=3, ge=1)
     """Of recency: m."""
+
+    @field_validator("band")
+    @classmethod
+    def _in_order(cls, given: tuple[float, float] | None) -> tuple[float, float] | None:
+        if given is not None and not 0 <= given[0] <= given[1] <= 1:
+            raise ValueError("expected 0 <= low <= high <= 1")
+        return given
 
 
 def patient_score(scores: Sequence[float], config: ReduceConfig, dates: Sequence[str] = ()) -> float:

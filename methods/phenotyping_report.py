@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from cluster.run_directory import write_atomically
 from cluster.summary import Summary, SummaryRow
@@ -25,6 +26,9 @@ PANELS = {
     "Decisions per bucket": ["yes", "no", "uncertain", "no_evidence", "failed"],
     "Tokens of prompts per bucket": ["tokens"],
 }
+FLAGGED_ONLY = (
+    "Labels are of decisions that were flagged for review: precision can be read from them, recall and F1 cannot."
+)
 SUMMED = (
     *("scan/notes", "scan/rejects", "patients", "snippets", "questions", "asked", "tokens", "decoded"),
     *("yes", "no", "uncertain", "no_evidence", "failed"),
@@ -60,16 +64,25 @@ def finish(
     done = [file for file in buckets if file.is_file()]
     join(folder / "decisions.jsonl", done)
     join(folder / "rejects.jsonl", sorted((folder / "scan").glob("part-*.rejects.jsonl")))
-    write_note_nlp(folder / "note_nlp.csv", read_decisions(folder), origin)
+    write_note_nlp(folder / "note_nlp.csv", read_decisions(folder), origin, config.recorded)
     write_cohort(folder / "cohort.csv", read_decisions(folder))
     write_groups(folder / "fhir", read_decisions(folder), source.definitions, origin, config.recorded)
     write_atomically(folder / "audit.json", json.dumps(audit(source, origin, info), indent=1, ensure_ascii=False))
     shown = write_review(folder / "review.html", read_decisions(folder), source.definitions, config.review)
     evaluations = evaluated(folder, config, source)
     if evaluations:
-        told = json.dumps([asdict(one) for one in evaluations], indent=1).replace("NaN", "null")
+        told = json.dumps([without_nan(asdict(one)) for one in evaluations], indent=1, allow_nan=False)
         write_atomically(folder / "evaluation.json", told)
     return summary(rows, evaluations, shown, len(done) < len(buckets))
+
+
+def without_nan(value: Any) -> Any:
+    """A value of JSON with None for what is no number."""
+    if isinstance(value, dict):
+        return {name: without_nan(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [without_nan(one) for one in value]
+    return known(value) if isinstance(value, float) else value
 
 
 def join(target: Path, files: Sequence[Path]) -> None:
@@ -116,6 +129,7 @@ def evaluated(folder: Path, config: Config, source: Source) -> list[Evaluation]:
             labels[definition.phenotype_id],
             source.facts,
             config.seed,
+            flagged=definition.phenotype_id in source.flagged,
         )
         for definition in source.definitions
         if definition.phenotype_id in labels
@@ -176,6 +190,8 @@ def summary(
     if partial:
         notes.insert(0, "Not all patients have been decided about.")
     if evaluations:
+        if any(one.flagged for one in evaluations):
+            notes.append(FLAGGED_ONLY)
         notes.append("All reducers, rules and baselines: evaluation.json.")
     return Summary(title="Phenotyping by snippets", rows=lines, notes=notes, panels=PANELS)
 

@@ -3,7 +3,7 @@
 import csv
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from cluster.cluster import Cluster
 from cluster.run_directory import write_atomically
 from cluster.seeds import derive_seed
-from methods.phenotyping_config import Config
+from methods.phenotyping_config import LABEL_FIELDS, Config
 from methods.phenotyping_definition import Definition, read_definitions
 from methods.phenotyping_evidence import evidence_of
 from methods.phenotyping_mentions import mention_base, read_mentions, unrelated
@@ -28,6 +28,8 @@ from protocols.retriever import RetrieverService
 
 Labels = dict[tuple[str, str], bool | None]
 """Of patient and phenotype; None where nobody can say."""
+FLAGGED = "flagged"
+"""In the column `sampled` of labels: of a decision that was flagged for review, as the review page exports them."""
 CODE, DRUG = "Z01.7", "veltomab"
 """Of the invented diseases."""
 
@@ -43,6 +45,8 @@ class Source:
     facts: dict[str, list[Fact]] = field(default_factory=dict)
     """By patient."""
     labels: Labels = field(default_factory=dict)
+    flagged: frozenset[str] = frozenset()
+    """Phenotypes with a label whose patient was chosen for the decision: one that was flagged for review."""
 
 
 async def source_of(cluster: Cluster, config: Config, retriever: RetrieverService) -> Source:
@@ -60,7 +64,8 @@ async def source_of(cluster: Cluster, config: Config, retriever: RetrieverServic
             config.mention_steps,
             config.mention_rate,
         )
-    return Source(config.notes, definitions, model, read_facts(config.facts), read_labels(config))
+    labels, flagged = read_labels(config, definitions)
+    return Source(config.notes, definitions, model, read_facts(config.facts), labels, flagged)
 
 
 async def drawn(cluster: Cluster, config: Config, retriever: RetrieverService) -> Source:
@@ -177,28 +182,46 @@ def read_facts(paths: list[str]) -> dict[str, list[Fact]]:
                 one = Fact.model_validate({k: v for k, v in row.items() if v not in ("", None)})
             except ValidationError as error:
                 raise BadInput(f"facts: {place}: {describe_validation_error(error)}") from error
+            if not one.patient_id.strip():
+                raise BadInput(f"facts: {place}: patient_id: missing")
             found.setdefault(one.patient_id, []).append(one)
     return found
 
 
-def read_labels(config: Config) -> Labels:
-    """The truth as far as it is known."""
+def read_labels(config: Config, definitions: Sequence[Definition]) -> tuple[Labels, frozenset[str]]:
+    """The truth as far as it is known, and phenotypes with a label of a decision that was flagged for review."""
     found: Labels = {}
-    names = {name: config.label_columns.get(name, name) for name in ("patient_id", "phenotype", "label")}
+    flagged: set[str] = set()
+    ids = [one.phenotype_id for one in definitions]
+    names = {name: config.label_columns.get(name, name) for name in LABEL_FIELDS}
+    held = False
     for place, row in rows_of(config.labels, "labels") if config.labels else ():
-        key = (cell(row, names["patient_id"], place), cell(row, names["phenotype"], place))
-        text = plain(row.get(names["label"])).strip()
-        if text not in ("0", "1", ""):
-            raise BadInput(f"labels: {place}: {names['label']}: got {text[:40]!r}, expected 1, 0 or nothing")
+        key = (cell(row, names["patient_id"], place), cell(row, names["phenotype"], place).strip())
+        if key[1] not in ids:
+            told = f"got {key[1][:40]!r}, expected one of {', '.join(ids)}"
+            raise BadInput(f"labels: {place}: {names['phenotype']}: {told}")
         if key in found:
-            raise BadInput(f"labels: {place}: patient {key[0]!r} and phenotype {key[1]!r} occur twice")
-        found[key] = None if not text else text == "1"
-    return found
+            raise BadInput(f"labels: {place}: a patient occurs twice with phenotype {key[1]!r}")
+        found[key] = truth_of(row, names["label"], place)
+        held = held or names["label"] in row
+        if plain(row.get("sampled")).strip() == FLAGGED:
+            flagged.add(key[1])
+    if found and not held:
+        raise BadInput(f"labels: {config.labels} has no column {names['label']}; name it by label_columns.label=")
+    return found, frozenset(flagged)
+
+
+def truth_of(row: Mapping[str, Any], name: str, place: str) -> bool | None:
+    """What a label says; None where nobody can say."""
+    text = plain(row.get(name)).strip()
+    if text not in ("0", "1", ""):
+        raise BadInput(f"labels: {place}: {name}: got {text[:40]!r}, expected 1, 0 or nothing")
+    return None if not text else text == "1"
 
 
 def cell(row: Mapping[str, Any], name: str, place: str) -> str:
-    """A cell that is needed."""
-    value = plain(row.get(name)).strip()
-    if not value:
+    """A cell that is needed, as it is."""
+    value = plain(row.get(name))
+    if not value.strip():
         raise BadInput(f"labels: {place}: {name}: missing; name the column by label_columns")
     return value

@@ -1,7 +1,9 @@
 """What is asked about a patient: copies, filters, the cap."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from methods.phenotyping_definition import Definition
 from methods.phenotyping_evidence import (
@@ -97,7 +99,7 @@ def test_the_cap_takes_one_of_each_note_first_and_the_latest() -> None:
     notes = [note("a", *map(different, range(3)), day="2020-01-03"), note("b", different(5), day="2020-01-01")]
     found = evidence_of(notes, DISEASE, EvidenceConfig(most=3))
     assert texts(found.groups) == [different(5), different(1), different(2)]
-    assert found.dropped == {"beyond the cap": 1}
+    assert found.dropped == {"beyond the cap": 1} and found.different == 4
     assert texts(capped(found.groups, 1)) == [different(2)]
 
 
@@ -113,7 +115,8 @@ def test_the_order_of_notes_does_not_matter(rows: list[tuple[list[str], str]], r
     rng.shuffle(notes)  # type: ignore[attr-defined]
     assert evidence_of(notes, DISEASE, EvidenceConfig(most=3)) == found
     in_groups = sum(1 + len(group.also_in) for group in found.groups)
-    assert found.dropped.get("beyond the cap", 0) or in_groups == found.found == len(notes)
+    assert in_groups + found.dropped.get("beyond the cap", 0) == found.found == len(notes)
+    assert found.different >= len(found.groups)
 
 
 def test_matches_of_several_patterns_are_one_where_they_overlap() -> None:
@@ -137,3 +140,23 @@ def test_the_least_number_of_letters_is_a_setting() -> None:
     found = evidence_of([note("a", "Has velto 123456789.")], DISEASE, EvidenceConfig(letters=8))
     assert len(found.groups) == 1
     assert evidence_of([note("a", "Has velto 12.")], DISEASE, EvidenceConfig(letters=9)).dropped == {"too short": 1}
+
+
+def test_copies_beyond_the_cap_count_as_snippets() -> None:
+    old, new = EVERY.format("three"), "quite another text about veltosis that was seen in the ward today"
+    notes = [note("a", old, day="2020-01-01"), note("b", old, day="2020-01-02"), note("c", new, day="2020-01-03")]
+    found = evidence_of(notes, DISEASE, EvidenceConfig(most=1))
+    assert texts(found.groups) == [new]
+    assert (found.dropped, found.different, found.found) == ({"beyond the cap": 2}, 2, 3)
+
+
+def test_of_equal_notes_the_earliest_stays_in_any_order() -> None:
+    notes = [note("a", digest="1", day="2020-02-01"), note("a", digest="1", day="2020-01-01")]
+    assert [one.date for one in current(notes)[0]] == ["2020-01-01"]
+    assert current(notes) == current(notes[::-1])
+
+
+@pytest.mark.parametrize("wrong", [{"most": 0}, {"letters": -1}, {"jaccard": 0}, {"jaccard": -0.5}])
+def test_settings_out_of_range_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValidationError, match=next(iter(wrong))):
+        EvidenceConfig.model_validate(wrong)

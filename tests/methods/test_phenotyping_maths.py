@@ -1,10 +1,12 @@
 """Worked numbers of the phenotyping specification (section 5), and what must hold of any numbers."""
 
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from methods.phenotyping_measures import (
     Counts,
@@ -117,6 +119,26 @@ def test_a_threshold_is_chosen_on_other_patients() -> None:
     found, thresholds = cross_fitted([*truth, *truth], [*scores, 0.2, 0.3, 0.7, 0.35], [0] * 4 + [1] * 4)
     assert thresholds[1] == 0.5 and found[7] is False
     assert thresholds[0] == pytest.approx(0.325) and found[1] is True
+
+
+@given(
+    st.lists(
+        st.tuples(st.booleans(), st.sampled_from([0.0, 5e-324, 0.1, 0.5, 0.9, 1.0]) | st.floats(0, 1)), max_size=40
+    )
+)
+def test_the_best_threshold_is_that_of_trying_each(rows: list[tuple[bool, float]]) -> None:
+    truth, scores = [True, *(ill for ill, _ in rows)], [0.5, *(score for _, score in rows)]
+    levels = sorted(set(scores))
+    middle = [(low + high) / 2 for low, high in pairwise(levels)]
+    options = [*middle, levels[0] / 2] if levels[0] > 0 else middle or [0.5]
+    expected = max(options, key=lambda t: (counts(truth, [score >= t for score in scores]).f1, t))
+    assert best_threshold(truth, scores) == expected
+
+
+@pytest.mark.parametrize("band", [(0.7, 0.3), (-0.1, 0.5), (0.5, 1.1), (math.nan, 0.5)])
+def test_a_band_that_is_none_is_refused(band: tuple[float, float]) -> None:
+    with pytest.raises(ValidationError, match="expected 0 <= low <= high <= 1"):
+        ReduceConfig(band=band)
 
 
 def test_calibration_and_average_precision() -> None:

@@ -61,20 +61,30 @@ def test_the_cohort_is_who_has_it_from_first_to_last(tmp_path: Path) -> None:
     assert COHORT_COLUMNS == ("cohort_definition_id", "subject_id", "cohort_start_date", "cohort_end_date")
 
 
-def test_a_row_per_mention_and_copy(tmp_path: Path) -> None:
+def test_a_row_per_match_and_one_per_copy_without_its_text(tmp_path: Path) -> None:
+    text = "Now there is V and no V of old."
     copy = Place(note_id="copy", start=7, end=17, date="2020-04-01")
-    own = cited("2020-03-01T10:00:00", also_in=[copy], status="history", evidence=(5, 10))
-    write_note_nlp(tmp_path / "nlp.csv", iter([decision("p", "yes", own, cited("", "no", p=0.25))]), ORIGIN)
+    day = "2020-03-01T10:00:00"
+    two = {"start": 4, "end": 23, "quote": text[4:23], "matches": [(13, 14), (22, 23)]}
+    own = cited(day, also_in=[copy], status="history", evidence=(5, 10), **two)
+    found = [decision("p", "yes", own, cited("", "no", p=0.25))]
+    write_note_nlp(tmp_path / "nlp.csv", iter(found), ORIGIN, "2024-05-01T12:00:00Z")
     head, *rows = rows_of(tmp_path / "nlp.csv")
     assert tuple(head) == NLP_COLUMNS
     system = f"repertory phenotyping model0 {ORIGIN.prompt.digest}"
-    told = "phenotype=vx;answer=yes;p=0.9;status=history"
-    fixed = ["0", "there is V"]
+    told = "phenotype=vx;answer=yes;p=0.9;status=history;note_date="
+    when = ["0", system, "2024-05-01", "2024-05-01T12:00:00Z"]
     assert rows == [
-        ["1", own.note_id, *fixed, "5", "V", "0", system, "2020-03-01", "2020-03-01T10:00:00", "Y", "", told],
-        ["2", "copy", *fixed, "7", "V", "0", system, "2020-04-01", "2020-04-01", "Y", "", told],
-        ["3", "n", *fixed, "5", "V", "0", system, "", "", "N", "", "phenotype=vx;answer=no;p=0.25"],
+        ["1", own.note_id, "0", text[4:23], "13", "V", *when, "Y", "", told + day],
+        ["2", own.note_id, "0", text[4:23], "22", "V", *when, "Y", "", told + day],
+        ["3", "copy", "0", "", "7", "", *when, "Y", "", told + "2020-04-01"],
+        ["4", "n", "0", "there is V", "14", "V", *when, "N", "", "phenotype=vx;answer=no;p=0.25"],
     ]
+    for row in map(dict, (zip(head, row, strict=True) for row in rows[:2])):
+        offset = int(row["offset"])
+        assert text[offset : offset + len(row["lexical_variant"])] == row["lexical_variant"]
+    write_note_nlp(tmp_path / "nlp.csv", iter(found), ORIGIN, "")
+    assert {(row[8], row[9]) for row in rows_of(tmp_path / "nlp.csv")[1:]} == {("", "")}
 
 
 def test_a_group_and_its_provenance_per_phenotype(tmp_path: Path) -> None:
