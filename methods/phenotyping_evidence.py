@@ -12,6 +12,9 @@ from methods.phenotyping_scan import Finding, Scanned
 from protocols.service import Message
 
 MARKS = re.compile(r"[\W_]+")
+ENDS = re.compile(r"[.!?\n]")
+STOPS = re.compile(r"[,;:]")
+"""Marks that may be told apart by nobody; a sign such as (+) says something."""
 
 
 class EvidenceConfig(Message):
@@ -149,22 +152,34 @@ def jaccard(one: frozenset[tuple[str, ...]], other: frozenset[tuple[str, ...]]) 
 
 def grouped(snippets: Iterable[tuple[Scanned, Finding]], least: float) -> list[Group]:
     """Each snippet joins the first group whose own one it nearly repeats, under the same header as far as headers are
-    known. With `least` above 1 all stay apart."""
+    known, and with the same words in the sentences of its matches: a single `no` is no near copy. With `least` above
+    1 all stay apart."""
     groups: list[tuple[Group, str, frozenset[tuple[str, ...]]]] = []
-    exact: dict[str, list[tuple[Group, str]]] = {}
+    exact: dict[tuple[str, ...], list[tuple[Group, str, frozenset[tuple[str, ...]]]]] = {}
     for note, finding in snippets:
-        text, header = normalised(finding.text), normalised(finding.section)
-        shape, same = trigrams(text), exact.setdefault(text, [])
-        home = next((g for g, h in same if same_header(h, header)), None) if least <= 1 else None
-        if home is None and least <= 1:
-            home = next((g for g, h, s in groups if same_header(h, header) and alike(s, shape, least)), None)
+        header, shape = normalised(finding.section), trigrams(normalised(finding.text))
+        same = exact.setdefault(sentences_of(finding), [])
+        home = None
+        if least <= 1:
+            home = next((g for g, h, s in same if same_header(h, header) and alike(s, shape, least)), None)
         if home is None:
             home = Group(note, finding)
             groups.append((home, header, shape))
-            same.append((home, header))
+            same.append(groups[-1])
         else:
             home.also_in.append((note, finding))
     return [group for group, _, _ in groups]
+
+
+def sentences_of(finding: Finding) -> tuple[str, ...]:
+    """The sentence of each match as far as the snippet has it, in small letters, with its signs and single blanks."""
+    found = []
+    for start, end in finding.matches:
+        before = ENDS.split(finding.text[: start - finding.start])[-1]
+        after = ENDS.split(finding.text[end - finding.start :])[0]
+        told = f"{before}{finding.text[start - finding.start : end - finding.start]}{after}".casefold()
+        found.append(" ".join(STOPS.sub(" ", told).split()))
+    return tuple(found)
 
 
 def same_header(one: str, other: str) -> bool:

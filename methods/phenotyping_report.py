@@ -4,7 +4,7 @@ import json
 import math
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from methods.phenotyping_eval import Evaluation, evaluate
 from methods.phenotyping_out import write_cohort, write_groups, write_note_nlp
 from methods.phenotyping_prompts import MOST_WRITTEN
 from methods.phenotyping_review import write_review
-from methods.phenotyping_scan import bucket_name, staged
+from methods.phenotyping_scan import bucket_name, bucket_of, staged
 from methods.phenotyping_source import Source
 from protocols.policy import PolicyInfo
 
@@ -69,7 +69,7 @@ def finish(
     write_groups(folder / "fhir", read_decisions(folder), source.definitions, origin, config.recorded)
     write_atomically(folder / "audit.json", json.dumps(audit(source, origin, info), indent=1, ensure_ascii=False))
     shown = write_review(folder / "review.html", read_decisions(folder), source.definitions, config.review)
-    evaluations = evaluated(folder, config, source)
+    evaluations = evaluated(folder, config, source, {int(file.stem.rpartition("-")[2]) for file in done})
     if evaluations:
         told = json.dumps([without_nan(asdict(one)) for one in evaluations], indent=1, allow_nan=False)
         write_atomically(folder / "evaluation.json", told)
@@ -112,11 +112,12 @@ def audit(source: Source, origin: Origin, info: PolicyInfo) -> dict[str, object]
     }
 
 
-def evaluated(folder: Path, config: Config, source: Source) -> list[Evaluation]:
-    """Each phenotype that has labels."""
+def evaluated(folder: Path, config: Config, source: Source, done: Collection[int]) -> list[Evaluation]:
+    """Each phenotype that has labels, over the patients of those buckets that were decided about."""
     labels: dict[str, dict[str, bool | None]] = {}
     for (patient, phenotype), label in source.labels.items():
-        labels.setdefault(phenotype, {})[patient] = label
+        if bucket_of(patient, config.steps) + 1 in done:
+            labels.setdefault(phenotype, {})[patient] = label
     decisions: dict[str, dict[str, Decided]] = {name: {} for name in labels}
     for one in read_decisions(folder):
         if one.patient_id in labels.get(one.phenotype_id, ()):

@@ -160,3 +160,29 @@ def test_of_equal_notes_the_earliest_stays_in_any_order() -> None:
 def test_settings_out_of_range_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValidationError, match=next(iter(wrong))):
         EvidenceConfig.model_validate(wrong)
+
+
+def test_one_word_in_a_long_snippet_tells_statements_apart() -> None:
+    long = " ".join(f"word{i}" for i in range(70))
+    told = f"{long}. Duplex {{}} veltosis in the vein{{}}. {long}"
+    texts = [
+        told.format("shows", ""),
+        told.format("shows no", ""),
+        told.format("shows", " (-)"),
+        told.format("shows", ","),
+    ]
+    matches = [[(text.index("veltosis"), text.index("veltosis") + 8)] for text in texts]
+    notes = [
+        Scanned(
+            patient_id="p", note_id=f"{i}", digest=f"{i}",
+            findings=[Finding(set="velto", start=0, end=len(text), text=text, matches=found)],
+        )
+        for i, (text, found) in enumerate(zip(texts, matches, strict=True))
+    ]  # fmt: skip
+    assert jaccard(*(trigrams(normalised(text)) for text in texts[:2])) > 0.9
+    groups = evidence_of(notes, DISEASE, EvidenceConfig()).groups
+    assert [(group.note.note_id, [one.note_id for one, _ in group.also_in]) for group in groups] == [
+        ("0", ["3"]),
+        ("1", []),
+        ("2", []),
+    ]
