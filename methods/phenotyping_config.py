@@ -1,5 +1,6 @@
 """Every setting of phenotyping: notes, definitions, the policy and how it is asked."""
 
+import codecs
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -132,6 +133,17 @@ class Config(MethodConfig):
     @classmethod
     def _known_of_labels(cls, given: dict[str, str]) -> dict[str, str]:
         return known(given, LABEL_FIELDS)
+
+    @field_validator("encoding")
+    @classmethod
+    def _decodes(cls, given: str) -> str:
+        try:
+            codecs.lookup(given)
+            # Refuses those that are not of text, such as hex.
+            "a".encode(given)
+        except (LookupError, ValueError) as error:
+            raise ValueError(f"got {given[:40]!r}, expected the name of a text encoding such as utf-8") from error
+        return given
 
     @field_validator("recorded")
     @classmethod

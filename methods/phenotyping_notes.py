@@ -8,11 +8,14 @@ import gzip
 import hashlib
 import io
 import json
+import math
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from methods.phenotyping_dates import iso_date
 from methods.phenotyping_fhir import documents_of, resources_of
 from protocols.errors import BadInput
 from protocols.service import Message
@@ -69,12 +72,13 @@ class Note:
     note_id: str
     text: str
     date: str = ""
+    """YYYY-MM-DD, perhaps with T and a time; empty: unknown."""
     note_type: str = ""
     encounter_id: str = ""
     replaces: tuple[str, ...] = ()
     """Ids of notes that it is a newer version of."""
-    raw_places: tuple[tuple[int, int], ...] = ()
-    """Of HTML: from each first place of the text on, the place in the raw document; empty: they are the same."""
+    raw_places: tuple[tuple[int, int, int], ...] = ()
+    """Of HTML: as `text_of_html` gives them; empty: places are the same in the raw document."""
 
     @property
     def digest(self) -> str:
@@ -194,23 +198,36 @@ def row_groups(file: Path, size: int) -> Iterator[tuple[int, int, int]]:
 
 
 def read_part(part: Part, columns: Mapping[str, str], encoding: str = "utf-8") -> Iterator[Note | Reject]:
-    """Notes and rejects in the order of the rows. A note without text is both: its patient is known.
+    """Notes and rejects in the order of the rows. A note without text is both: its patient is known; so is one whose
+    date cannot be read. Of a broken archive the rows before the damage are read, and it becomes one reject.
 
     `columns`: names of columns by our names. Raises BadInput where a table lacks a column.
     """
     readers = {"rows": read_lines, "csv": read_csv, "parquet": read_parquet, "fhir": read_bundle, "text": read_text}
-    for place, row in readers[part.format](part, columns, encoding):
-        where = f"{part.file}{place}"
-        if isinstance(row, BadRow):
-            yield Reject(where, str(row), row.note_id, row.patient_id)
-        else:
-            if not row.text.strip():
-                yield Reject(where, "text: empty", row.note_id, row.patient_id)
-            yield row
+    try:
+        for place, row in readers[part.format](part, columns, encoding):
+            yield from told(f"{part.file}{place}", row)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        # What stands in brackets are the first bytes.
+        yield Reject(part.file, f"a broken archive: {str(error).partition(' (')[0]}")
+
+
+def told(where: str, row: "Note | BadRow") -> Iterator[Note | Reject]:
+    """A row with what is wrong with it."""
+    if isinstance(row, BadRow):
+        yield Reject(where, str(row), row.note_id, row.patient_id)
+        return
+    if not row.text.strip():
+        yield Reject(where, "text: empty", row.note_id, row.patient_id)
+    day = iso_date(row.date)
+    if day is None:
+        reason = f"date: got {row.date[:40]!r}, expected YYYY-MM-DD; the note is read without it"
+        yield Reject(where, reason, row.note_id, row.patient_id)
+    yield row if day == row.date else replace(row, date=day or "")
 
 
 def check_tables(parts: Sequence[Part], columns: Mapping[str, str], encoding: str) -> None:
-    """Raise BadInput for the first table that lacks a column, or cannot be opened, before anything is read."""
+    """Raise BadInput for the first table that lacks a column, before anything is read."""
     for part in parts:
         if part.format in ("csv", "parquet") and part.start == 0:
             next(read_part(part, columns, encoding), None)
@@ -226,7 +243,7 @@ def read_lines(part: Part, columns: Mapping[str, str], encoding: str) -> Found:
         if not line.strip():
             continue
         try:
-            row = json.loads(decoded(line, encoding))
+            row = loaded(decoded(line, encoding))
             if not isinstance(row, dict):
                 raise BadRow(f"expected an object, got {type(row).__name__}")
             if "resourceType" in row:
@@ -234,22 +251,29 @@ def read_lines(part: Part, columns: Mapping[str, str], encoding: str) -> Found:
                     yield f":{number}", note
             else:
                 yield f":{number}", note_of(row, columns)
-        except json.JSONDecodeError as error:
-            yield f":{number}", BadRow(f"not JSON: {error.msg} at character {error.pos}")
-        except RecursionError:
-            yield f":{number}", BadRow("not JSON: nested too deeply")
         except BadRow as error:
             yield f":{number}", error
 
 
+def loaded(raw: str | bytes) -> Any:
+    """The value of a JSON text. Raises BadRow that names the place, not what stands there."""
+    try:
+        return json.loads(raw)
+    except json.JSONDecodeError as error:
+        raise BadRow(f"not JSON: {error.msg} at character {error.pos}") from error
+    except UnicodeDecodeError as error:
+        raise BadRow(f"not JSON: not {error.encoding} at byte {error.start}") from error
+    except RecursionError as error:
+        raise BadRow("not JSON: nested too deeply") from error
+    except ValueError as error:
+        raise BadRow("not JSON: a number has too many digits") from error
+
+
 def lines_of(part: Part) -> Iterator[bytes]:
-    """The lines of a part. Raises BadInput for a broken archive."""
+    """The lines of a part. Raises what gzip and zlib do for a broken archive."""
     if part.file.endswith(".gz"):
-        try:
-            with gzip.open(part.file) as stream:
-                yield from stream
-        except (EOFError, OSError) as error:
-            raise BadInput(f"notes: {part.file} is a broken archive: {error}") from error
+        with gzip.open(part.file) as stream:
+            yield from stream
         return
     with open(part.file, "rb") as stream:
         stream.seek(part.start)
@@ -271,24 +295,26 @@ def note_of(row: Mapping[str, Any], columns: Mapping[str, str]) -> Note:
     """A note of a row. Raises BadRow that names the column."""
     values: dict[str, str] = {}
     for field in FIELDS:
-        name = column_of(field, row, columns)
-        value = row.get(name)
-        if field in NEEDED and name not in row:
-            raise BadRow(f"{name}: missing", values.get("note_id", ""), values.get("patient_id", ""))
-        if value is None and field != "text" and field in NEEDED:
-            raise BadRow(f"{name}: empty", values.get("note_id", ""), values.get("patient_id", ""))
-        if isinstance(value, dict | list | bool) or (field == "text" and not isinstance(value, str | None)):
-            raise BadRow(
-                f"{name}: expected text, got {type(value).__name__}",
-                values.get("note_id", ""),
-                values.get("patient_id", ""),
-            )
-        values[field] = plain(value)
-        if field in ("patient_id", "note_id") and not values[field].strip():
-            raise BadRow(f"{name}: empty", values.get("note_id", ""), values.get("patient_id", ""))
-    if (problem := not_unicode(values["text"])) is not None:
-        raise BadRow(f"{column_of('text', row, columns)}: {problem}", values["note_id"], values["patient_id"])
+        try:
+            values[field] = value_of(field, row, column_of(field, row, columns))
+        except BadRow as error:
+            raise BadRow(str(error), values.get("note_id", ""), values.get("patient_id", "")) from error
     return Note(**values)  # type: ignore[arg-type]  # all of FIELDS are text
+
+
+def value_of(field: str, row: Mapping[str, Any], name: str) -> str:
+    """A field of a row as text. Raises BadRow that names the column."""
+    value = row.get(name)
+    if field in NEEDED and name not in row:
+        raise BadRow(f"{name}: missing")
+    if isinstance(value, dict | list | bool) or (field == "text" and not isinstance(value, str | None)):
+        raise BadRow(f"{name}: expected text, got {type(value).__name__}")
+    found = "" if isinstance(value, float) and not math.isfinite(value) else plain(value)
+    if field in ("patient_id", "note_id") and not found.strip():
+        raise BadRow(f"{name}: empty")
+    if (problem := not_unicode(found)) is not None:
+        raise BadRow(f"{name}: {problem}")
+    return found
 
 
 def not_unicode(text: str) -> str | None:
@@ -321,7 +347,10 @@ def read_csv(part: Part, columns: Mapping[str, str], encoding: str) -> Found:
     raw = gzip.open(part.file) if part.file.endswith(".gz") else open(part.file, "rb")  # noqa: SIM115
     with raw, io.TextIOWrapper(raw, encoding=encoding, errors="surrogateescape", newline="") as stream:
         rows = csv.reader(stream, delimiter=delimiter, strict=True)
-        header = next(rows, None)
+        try:
+            header = next(rows, None)
+        except csv.Error as error:
+            raise BadInput(f"notes: {part.file} is not CSV: {error}") from error
         if header is None:
             raise BadInput(f"notes: {part.file} is empty; expected a header")
         check_columns(part.file, [name.removeprefix("\ufeff") for name in header], columns)
@@ -345,7 +374,8 @@ def row_of_cells(names: Sequence[str], cells: Sequence[str], columns: Mapping[st
         return BadRow(f"got {len(cells)} cells, expected {len(names)}")
     bad = [name for name, cell in zip(names, cells, strict=True) if not cell.isascii() and has_lone(cell)]
     if bad:
-        return BadRow(f"{bad[0]}: not in the declared encoding")
+        # The name itself may hold such bytes.
+        return BadRow(f"{bad[0].encode(errors='backslashreplace').decode()}: not in the declared encoding")
     try:
         return note_of(dict(zip(names, cells, strict=True)), columns)
     except BadRow as error:
@@ -358,13 +388,15 @@ def has_lone(text: str) -> bool:
 
 
 def check_columns(file: str, names: Sequence[str], columns: Mapping[str, str]) -> None:
-    """Raise BadInput if a table lacks a column that is needed."""
+    """Raise BadInput if a table lacks a column that is needed. What it has is not shown: without a header those are
+    the first note."""
     for field in NEEDED:
         name = column_of(field, names, columns)
         if name not in names:
             other = f" or {OMOP[field]}" if field in OMOP and field not in columns else ""
             raise BadInput(
-                f"notes: {file} has no column {name}{other}; it has {', '.join(names)}. Name it by columns.{field}="
+                f"notes: {file} has no column {name}{other} among its {len(names)}; expected a header with"
+                f" {', '.join(NEEDED)}, or name it by columns.{field}="
             )
 
 
@@ -405,9 +437,9 @@ def read_bundle(part: Part, columns: Mapping[str, str], encoding: str) -> Found:
     """A FHIR bundle, or one resource."""
     raw = b"".join(lines_of(part.model_copy(update={"end": Path(part.file).stat().st_size})))
     try:
-        content = json.loads(raw)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        yield "", BadRow(f"not JSON: {type(error).__name__}")
+        content = loaded(raw)
+    except BadRow as error:
+        yield "", error
         return
     if not isinstance(content, dict) or "resourceType" not in content:
         yield "", BadRow("expected a FHIR bundle, with resourceType")
@@ -420,9 +452,13 @@ def read_bundle(part: Part, columns: Mapping[str, str], encoding: str) -> Found:
 
 def notes_of_resource(resource: Any) -> Iterator[Note | BadRow]:
     """The notes of a FHIR resource, or what is wrong with it."""
+    name = resource.get("id", "") if isinstance(resource, dict) else ""
+    name = name if isinstance(name, str) and not_unicode(name) is None else ""
     for one in documents_of(resource):
         if isinstance(one, str):
-            name = resource.get("id", "") if isinstance(resource, dict) else ""
-            yield BadRow(one, name if isinstance(name, str) else "")
-        else:
-            yield Note(**one)
+            yield BadRow(one, name)
+            continue
+        note = Note(**one)
+        texts = [(field, getattr(note, field)) for field in FIELDS] + [("relatesTo", old) for old in note.replaces]
+        bad = next((f"{field}: {problem}" for field, text in texts if (problem := not_unicode(text))), None)
+        yield note if bad is None else BadRow(bad, name)
