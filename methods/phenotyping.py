@@ -21,6 +21,7 @@ from methods.phenotyping_definition import Definition
 from methods.phenotyping_input import check_input, id_of, input_of, keep_input
 from methods.phenotyping_llm import check_reads, read_verdicts
 from methods.phenotyping_notes import Part, check_tables, parts_of
+from methods.phenotyping_out import write_costs
 from methods.phenotyping_report import finish, metrics_of, planned
 from methods.phenotyping_scan import PartCounts, Scan, bucket_name, counts_file, read_bucket, scan_part, spread
 from methods.phenotyping_source import model_digest, source_of
@@ -141,6 +142,8 @@ async def decide_bucket(
     readings = await read_verdicts(asker, cases, said, stores[0], asked_for, config.reduce, origin, show)
     found = decided(cases, said, asked_for, config.reduce, origin, readings)
     write_decisions(folder / "decisions" / bucket_name(step.index), found)
+    write_costs(folder / "costs" / bucket_name(step.index), found)
+    step.time({"asked_s": sum(one.seconds for one in found)})
     state.tokens += sum(one.tokens for one in found)
     return metrics_of(found, len(patients))
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import sqlite3
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ LOCKED_S = 60.0
 KEYS_AT_ONCE = 500
 SURE: dict[Answer, tuple[float, float, float]] = {"yes": (1, 0, 0), "no": (0, 1, 0), "uncertain": (0.5, 0, 0.5)}
 """What a written answer counts as (specification 2.6)."""
-COLUMNS = "key, yes, no, uncertain, tokens, decoded, asked_for, answer, status, quote_start, quote_end"
+COLUMNS = "key, yes, no, uncertain, tokens, decoded, asked_for, answer, status, quote_start, quote_end, seconds"
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class Said:
     """Of a written answer: present, history, negated, ...; empty where none could be used."""
     quote: tuple[int, int] | None = None
     """Of a written answer: first character and the place behind the last in the snippet as it is shown."""
+    seconds: float = 0.0
+    """Its share of the time that its call took."""
 
 
 class AnswerStore:
@@ -68,7 +71,7 @@ class AnswerStore:
             self._base.execute(
                 "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, yes REAL, no REAL, uncertain REAL,"
                 " tokens INTEGER NOT NULL, decoded INTEGER NOT NULL, asked_for TEXT NOT NULL, answer TEXT NOT NULL,"
-                " status TEXT NOT NULL, quote_start INTEGER, quote_end INTEGER) WITHOUT ROWID"
+                " status TEXT NOT NULL, quote_start INTEGER, quote_end INTEGER, seconds REAL NOT NULL) WITHOUT ROWID"
             )
             # A table of another version is told now, and not after the first answers.
             self._base.execute(f"SELECT {COLUMNS} FROM answers LIMIT 0")
@@ -86,10 +89,10 @@ class AnswerStore:
             piece = keys[start : start + KEYS_AT_ONCE]
             marks = ",".join("?" * len(piece))
             rows = self._base.execute(f"SELECT {COLUMNS} FROM answers WHERE key IN ({marks})", piece)
-            for key, yes, no, uncertain, tokens, decoded, asked_for, answer, status, start, end in rows:
+            for key, yes, no, uncertain, tokens, decoded, asked_for, answer, status, start, end, seconds in rows:
                 probs = None if yes is None else (yes, no, uncertain)
                 quote = None if start is None else (start, end)
-                found[key] = Said(probs, tokens, decoded, asked_for, answer, status, quote)
+                found[key] = Said(probs, tokens, decoded, asked_for, answer, status, quote, seconds)
         return found
 
     def add(self, answers: dict[str, Said]) -> None:
@@ -97,7 +100,7 @@ class AnswerStore:
         rows = [
             (
                 *(key, *(one.probs or (None, None, None)), one.tokens, one.decoded, one.asked_for),
-                *(one.answer, one.status, *(one.quote or (None, None))),
+                *(one.answer, one.status, *(one.quote or (None, None)), one.seconds),
             )
             for key, one in answers.items()
         ]
@@ -190,12 +193,14 @@ async def ask(
 
 async def answered(asker: Asker, questions: Sequence[Question], asked_for: str) -> dict[str, Said]:
     """One call's worth."""
+    begun = time.monotonic()
     tokens = await tokens_of(asker, questions)
     found = {one.key: Said(None, len(ids), 0, asked_for) for one, ids in zip(questions, tokens, strict=True)}
     fitting = [(one, ids) for one, ids in zip(questions, tokens, strict=True) if len(ids) <= asker.room]
     told = await (in_writing if asker.prompt.answer == "sample" else by_labels)(asker, fitting)
+    seconds = (time.monotonic() - begun) / max(1, len(fitting))
     for (one, _), said in zip(fitting, told, strict=True):
-        found[one.key] = replace(said, asked_for=asked_for)
+        found[one.key] = replace(said, asked_for=asked_for, seconds=seconds)
     return found
 
 

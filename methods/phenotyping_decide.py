@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from pydantic import Field
+
 from methods.phenotyping_answers import Question, Said
 from methods.phenotyping_definition import Definition
 from methods.phenotyping_evidence import Evidence, EvidenceConfig, Group, current, evidence_of
@@ -97,6 +99,8 @@ class Decided(Message):
     """Tokens of their prompts."""
     decoded: int = 0
     """Tokens that were sampled for them."""
+    seconds: float = Field(default=0.0, exclude=True)
+    """Their share of the time of their calls. It differs between equal runs, so it is in costs.csv alone."""
     model: str
     """Digest of the policy."""
     prompt: str
@@ -228,6 +232,7 @@ def decision_of(
         asked=len(mine),
         tokens=sum(one.tokens for one in mine),
         decoded=sum(one.decoded for one in mine),
+        seconds=sum(one.seconds for one in mine),
         model=origin.model,
         prompt=origin.prompt.digest,
         run=origin.run,

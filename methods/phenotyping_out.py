@@ -1,7 +1,9 @@
-"""What other systems take from a run: OMOP's NOTE_NLP and cohort tables, FHIR groups. Never a confirmed condition."""
+"""What other systems take from a run: OMOP's NOTE_NLP and cohort tables, FHIR groups, costs. Never a confirmed
+condition."""
 
 import csv
 import hashlib
+import io
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,6 +34,7 @@ NLP_COLUMNS = (
 """Of OMOP's NOTE_NLP."""
 COHORT_COLUMNS = ("cohort_definition_id", "subject_id", "cohort_start_date", "cohort_end_date")
 """Of OMOP's COHORT."""
+COST_COLUMNS = ("patient_id", "phenotype_id", "asked", "tokens", "decoded", "seconds")
 FHIR_ID = re.compile(r"[A-Za-z0-9.-]{1,64}")
 UNKNOWN = "http://hl7.org/fhir/StructureDefinition/data-absent-reason"
 PARTICIPANTS = "http://terminology.hl7.org/CodeSystem/provenance-participant-type"
@@ -142,3 +145,12 @@ def provenance_of(group: str, definition: Definition, origin: Origin, recorded: 
             {"role": "source", "what": {"identifier": {"value": definition.digest}, "display": source}},
         ],
     }
+
+
+def write_costs(file: Path, found: Iterable[Decided]) -> None:
+    """What each decision of a bucket took, without a header."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    told = io.StringIO(newline="")
+    rows = csv.writer(told, lineterminator="\n")
+    rows.writerows([getattr(one, name) for name in COST_COLUMNS] for one in found)
+    write_atomically(file, told.getvalue())

@@ -14,7 +14,7 @@ from cluster.summary import Summary, SummaryRow
 from methods.phenotyping_config import Config
 from methods.phenotyping_decide import Decided, Origin, rule_of
 from methods.phenotyping_eval import Evaluation, evaluate
-from methods.phenotyping_out import write_cohort, write_groups, write_note_nlp
+from methods.phenotyping_out import COST_COLUMNS, write_cohort, write_groups, write_note_nlp
 from methods.phenotyping_prompts import MOST_WRITTEN
 from methods.phenotyping_review import write_review
 from methods.phenotyping_scan import bucket_name, bucket_of, staged
@@ -63,6 +63,7 @@ def finish(
     buckets = [folder / "decisions" / bucket_name(step) for step in range(1, config.steps + 1)]
     done = [file for file in buckets if file.is_file()]
     join(folder / "decisions.jsonl", done)
+    join(folder / "costs.csv", [folder / "costs" / file.name for file in done], ",".join(COST_COLUMNS) + "\n")
     join(folder / "rejects.jsonl", sorted((folder / "scan").glob("part-*.rejects.jsonl")))
     write_note_nlp(folder / "note_nlp.csv", read_decisions(folder), origin, config.recorded)
     write_cohort(folder / "cohort.csv", read_decisions(folder))
@@ -85,9 +86,10 @@ def without_nan(value: Any) -> Any:
     return known(value) if isinstance(value, float) else value
 
 
-def join(target: Path, files: Sequence[Path]) -> None:
+def join(target: Path, files: Sequence[Path], head: str = "") -> None:
     """Files one after the other as one, whole or not at all."""
     with open(staged(target), "wb") as out:
+        out.write(head.encode())
         for file in files:
             with open(file, "rb") as stream:
                 shutil.copyfileobj(stream, out)

@@ -56,6 +56,12 @@ async def test_decisions_cite_what_stands_in_the_notes(run: Run) -> None:
     assert {done.decisions[name, "velto"]["decision"] for name in ("none", "blank")} == {"no_evidence"}
     assert sum(row["asked"] for row in done.rows[1:]) == len(done.policy.seen) == 5
     assert ill["asked"] == 2 and ill["tokens"] > 0
+    with open(done.folder / "costs.csv", newline="") as stream:
+        costs = {(row["patient_id"], row["phenotype_id"]): row for row in csv.DictReader(stream)}
+    assert {key: int(row["tokens"]) for key, row in costs.items()} == {
+        key: one["tokens"] for key, one in done.decisions.items()
+    }
+    assert all((float(row["seconds"]) > 0) == (int(row["asked"]) > 0) for row in costs.values())
     (reject,) = map(json.loads, (done.folder / "rejects.jsonl").read_text().splitlines())
     assert (reject["reason"], reject["note_id"]) == ("text: empty", "blank-0")
     with open(done.folder / "note_nlp.csv", newline="") as stream:
