@@ -165,6 +165,10 @@ class Config(MethodConfig):
             raise ValueError("notes: expected a file or folder, or world=wards")
         if not self.world and not self.definitions:
             raise ValueError("definitions: expected a file or folder of phenotypes (docs/methods/phenotyping.md)")
+        if self.mentions and (self.prompt.variant != "bare" or not self.prompt.mask):
+            raise ValueError(
+                "mentions: a policy that is taught on them reads prompt.variant=bare and prompt.mask=true only"
+            )
         if self.policy.trainer is not None:
             raise ValueError("policy.trainer: the policy does not learn here; expected null")
         if self.retriever.kind != "pattern":

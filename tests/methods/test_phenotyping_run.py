@@ -281,6 +281,7 @@ async def test_masks_hide_the_name_of_the_disease(run: Run) -> None:
         (["columns.mrn=x"], "columns: got"),
         (["notes=[]"], "notes: expected a file or folder, or world=wards"),
         (["policy.trainer.learning_rate=1"], "policy.trainer: the policy does not learn here"),
+        (["mentions=[m.tsv]", "prompt.variant=plain"], "mentions: a policy that is taught on them reads"),
         (["retriever.kind=bm25"], "notes are searched by patterns alone"),
         (["parallel=2"], "parallel: more than one part at once needs transport=ray"),
         (["definitons=[x]"], "did you mean definitions?"),
