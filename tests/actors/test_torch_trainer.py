@@ -220,7 +220,8 @@ def test_loss_and_gradients_do_not_depend_on_the_cut(case: str, checkpointing: b
         assert result.response.loss == pytest.approx(whole.response.loss, abs=1e-5)
         for name, report in result.response.terms.items():
             assert report.count == whole.response.terms[name].count
-            assert report.metrics == pytest.approx(whole.response.terms[name].metrics, abs=1e-5)
+            # Of a metric of about 100, float32 itself has steps of 1e-5.
+            assert report.metrics == pytest.approx(whole.response.terms[name].metrics, abs=1e-5, rel=1e-5)
 
 
 @pytest.mark.parametrize("case", LOSSES)

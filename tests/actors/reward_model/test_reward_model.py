@@ -374,7 +374,7 @@ async def test_scores_that_are_not_numbers_are_corrupt(kind: str, make: MakeMode
         loaded_of(actor).model.get_input_embeddings().weight[7] = math.nan
     assert np.isfinite(tokens_of(await score(actor, tokens=[5, 6]))).all()
     with pytest.raises(Corrupt, match="reply 'bad': the reward model's scores are not numbers"):
-        await scores(actor, a_reply("good", tokens=[5, 6]), a_reply("bad", tokens=[5, 7]))
+        await scores(actor, a_reply("good", tokens=[6, 5]), a_reply("bad", tokens=[5, 7, 6]))
     with pytest.raises(Corrupt, match="the gradient at weight version 0 has norm nan"):
         await train(actor)
     assert (await actor.health(HealthRequest())).version == 0
