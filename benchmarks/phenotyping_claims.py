@@ -9,6 +9,7 @@ ablations  windows, the section's header, de-duplication
 alarms     healthy patients who are called ill, and precision, by number of questions
 phrases    the small policy's answers to snippets with phrases that it has learnt from, and that it has not
 stuffing   all notes of a patient in one question of at most 512 tokens, by a policy taught to read such ones
+long       the same with notes so long that most patients' do not fit
 """
 
 import argparse
@@ -33,6 +34,11 @@ QUIET = ["world=wards", "wandb=disabled"]
 PLAIN = "as preset"
 BARE = ["window.snap=0", "evidence.letters=1"]
 """Edges that move to the ends of sentences would hide what the window alone does, and a name has few letters."""
+STUFFED = [
+    "wards.stuffed=true", "wards.context=512", "prompt.section=false", "window.characters=100000",
+    "window.max_characters=100000",
+]  # fmt: skip
+LONG = ["wards.filler=20"]
 ARMS = {
     # Notes are shorter than its window of 250 characters, so that edges do not move.
     PLAIN: [],
@@ -41,19 +47,21 @@ ARMS = {
     "window 40": [*BARE, "window.characters=40"],
     "window 40, no section": [*BARE, "window.characters=40", "prompt.section=false"],
     "copies asked": ["evidence.jaccard=2"],
-    "stuffing": [
-        "wards.stuffed=true", "wards.context=512", "prompt.section=false", "window.characters=100000",
-        "window.max_characters=100000",
-    ],
-}  # fmt: skip
+    "stuffing": STUFFED,
+    "long notes": LONG,
+    "long notes, stuffing": [*LONG, *STUFFED],
+}
 PARTS = {
     "claims": [PLAIN],
-    "ablations": [name for name in ARMS if name != "stuffing"],
+    "ablations": [PLAIN, "no section", "window 0", "window 40", "window 40, no section", "copies asked"],
     "alarms": [PLAIN],
     "phrases": [PLAIN],
     "stuffing": [PLAIN, "stuffing"],
+    "long": ["long notes", "long notes, stuffing"],
 }
-SEEDS = {"claims": 5, "ablations": 3, "alarms": 5, "phrases": 5, "stuffing": 3}
+SEEDS = {"claims": 5, "ablations": 3, "alarms": 5, "phrases": 5, "stuffing": 3, "long": 3}
+SHARED = [set(wards.PHRASES["assert"][i]) & set(wards.PHRASES["family"][i]) for i in (0, 1)]
+"""Phrases that are said of patients and of relatives alike."""
 Found = Mapping[str, Sequence[Path]]
 """Folders of runs by arm, in order of seeds."""
 Values = dict[str, Any]
@@ -106,10 +114,11 @@ def world(seed: int) -> list[wards.Patient]:
     return list(wards.patients_of(wards.WardsConfig(), wards.disease_of(seed), seed))
 
 
-def cell(values: Sequence[float], digits: int = 3) -> str:
-    """Mean, deviation, and each seed's value."""
-    spread = f" ({statistics.stdev(values):.{digits}f})" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.{digits}f}{spread}: {' '.join(f'{value:.{digits}f}' for value in values)}"
+def cell(values: Sequence[float | None]) -> str:
+    """Mean, deviation, and each seed's value; where nobody is called ill, precision and F1 are 0."""
+    known = [value or 0.0 for value in values]
+    spread = f" ({statistics.stdev(known):.3f})" if len(known) > 1 else ""
+    return f"{statistics.fmean(known):.3f}{spread}: {' '.join(f'{value:.3f}' for value in known)}"
 
 
 def table(head: str, rows: Sequence[Sequence[str]]) -> None:
@@ -165,7 +174,7 @@ def demands(name: str, values: Values, intervals: Sequence[tuple[float, float]] 
     rules, mention = gains("rules"), gains("any mention")
     print(f"\n{name}: F1 above the rules' by {cell(rules)}; at least .08 in {sum(g >= 0.08 for g in rules)} of")
     print(f"{len(rules)} seeds, the interval above 0 in {above}; above any mention's by {cell(mention)},")
-    print(f"at least .25 in {sum(g >= 0.25 for g in mention)}")
+    print(f"at least .25 in {sum(g >= 0.25 for g in mention)} of {len(mention)}")
     if intervals:
         print(f"its intervals over any mention: {' '.join(f'[{low:.3f}, {high:.3f}]' for low, high in intervals)}")
 
@@ -177,13 +186,38 @@ def ablations(found: Found, seeds: Sequence[int]) -> Values:
         for by in ("max", "count", "log_odds"):
             made = [system(folder, f"MapReduce, {by}") for folder in folders]
             values[f"{arm}, {by}"] = made
-            # Without a yes there is no precision.
-            quality = [cell([one[what] or 0.0 for one in made]) for what in ("f1", "precision", "recall")]
+            quality = [cell([one[what] for one in made]) for what in ("f1", "precision", "recall")]
             rows.append([arm, by, *quality])
     table("arm | reducer | F1 | precision | recall", rows)
     calls = {arm: [sum(one.n_sent for one in listed(folder)) for folder in folders] for arm, folders in found.items()}
     table("arm | map calls per seed", [[arm, " ".join(map(str, sums))] for arm, sums in calls.items()])
-    return values | {"calls": calls}
+    told = {arm: by_header(folders, seeds) for arm, folders in found.items()}
+    rows = []
+    for arm, own in told.items():
+        rows += [[arm, *key, f"{one['wrong']} of {one['all']}"] for key, one in sorted(own.items())]
+    table("arm | the note | header | on the wrong side of 0.5, all seeds", rows)
+    return values | {
+        "calls": calls,
+        "headers": {f"{arm}, {', '.join(key)}": own[key] for arm, own in told.items() for key in own},
+    }
+
+
+def by_header(folders: Sequence[Path], seeds: Sequence[int]) -> dict[tuple[str, str], Counter[str]]:
+    """Of snippets whose words are the same for patients and relatives, by whether a header stands in them."""
+    found: dict[tuple[str, str], Counter[str]] = {}
+    for folder, seed in zip(folders, seeds, strict=True):
+        disease = wards.disease_of(seed)
+        cited = {one.note_id: one for decided in listed(folder) for one in decided.evidence}
+        for note in (note for patient in world(seed) for note in patient.notes):
+            own = cited.get(note.note_id)
+            if own is None or own.p is None or note.said is None:
+                continue
+            if any(phrase_in(note.text, note.said, disease)[0] in some for some in SHARED):
+                above = own.quote.partition(disease)[0]
+                where = "in the text" if any(header in above for header in wards.SECTIONS) else "lost"
+                told = found.setdefault((note.said, where), Counter())
+                told.update({"all": 1, "wrong": (own.p >= 0.5) != (note.said == "assert")})
+    return found
 
 
 def alarms(found: Found, seeds: Sequence[int]) -> Values:
@@ -263,8 +297,9 @@ def phrase_in(text: str, kind: wards.Kind, disease: str) -> tuple[str, str]:
 
 
 def stuffing(found: Found, seeds: Sequence[int]) -> Values:
+    """The two arms side by side on the same patients."""
     rows, values = [], []
-    for folder, other, seed in zip(found[PLAIN], found["stuffing"], seeds, strict=True):
+    for folder, other, seed in zip(*found.values(), seeds, strict=True):
         patients = world(seed)
         mine, theirs = decisions(folder), decisions(other)
         truth = [one.ill for one in patients]
@@ -283,7 +318,14 @@ def stuffing(found: Found, seeds: Sequence[int]) -> Values:
     }
 
 
-SHOW = {"claims": claims, "ablations": ablations, "alarms": alarms, "phrases": phrases, "stuffing": stuffing}
+SHOW = {
+    "claims": claims,
+    "ablations": ablations,
+    "alarms": alarms,
+    "phrases": phrases,
+    "stuffing": stuffing,
+    "long": stuffing,
+}
 
 
 def main() -> None:
