@@ -34,7 +34,10 @@ def configure(
     """
     given: dict[str, Any] = {}
     if file is not None:
-        given = merged(given, _expand(kind, _read_yaml(file)))
+        values = read_yaml(file, "--config")
+        # A run's own config.yaml can be given as it is; it also names its method.
+        values.pop("method", None)
+        given = merged(given, _expand(kind, values))
     for word in words:
         given = merged(given, _expand(kind, _override(kind, word)))
     _check_keys(kind, given)
@@ -122,17 +125,16 @@ def _describe(kind: type[BaseModel], default: BaseModel | None, prefix: str) -> 
             yield from _describe(inner, value if isinstance(value, inner) else None, f"{path}.")
 
 
-def _read_yaml(file: Path) -> dict[str, Any]:
+def read_yaml(file: Path, what: str) -> dict[str, Any]:
+    """The keys and values of a file, which errors call `what`. Raises BadInput."""
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise BadInput(f"--config: cannot read {file}: {error.strerror}") from error
+        raise BadInput(f"{what}: cannot read {file}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BadInput(f"--config: {file} is not YAML: {' '.join(str(error).split())}") from error
+        raise BadInput(f"{what}: {file} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
-        raise BadInput(f"--config: {file}: expected keys with values")
-    # A run's own config.yaml can be given as it is; it also names its method.
-    values.pop("method", None)
+        raise BadInput(f"{what}: {file}: expected keys with values")
     return values
 
 

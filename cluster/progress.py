@@ -95,7 +95,7 @@ class Progress:
         self._activity = _one_line(text)
 
     def eta(self) -> str:
-        """Time to the last step as h:mm:ss, from the steps of this session; `-` before there is one."""
+        """Time to the last step as h:mm:ss, from the steps since it was opened; `-` before there is one."""
         if not self._durations:
             return "-"
         # The first step also pays for loading and compiling; it counts only while it is the only one.

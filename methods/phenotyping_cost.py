@@ -46,7 +46,7 @@ def plan_of(cases: Sequence[Case], patients: int, cost: Cost) -> dict[str, float
     found = {
         "patients": patients,
         "snippets": sum(case.evidence.found for case in cases),
-        "different": sum(case.different for case in cases),
+        "different": sum(case.evidence.different for case in cases),
         "questions": sum(len(case.questions) for case in cases),
         "asked": len(cost.lengths),
         "tokens": cost.tokens,

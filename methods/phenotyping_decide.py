@@ -121,11 +121,6 @@ class Case:
     questions: list[Question]
     """Of each group."""
 
-    @property
-    def different(self) -> int:
-        """Groups, those beyond the cap included."""
-        return self.evidence.different
-
 
 @dataclass(frozen=True)
 class Reading:
@@ -220,7 +215,7 @@ def decision_of(
         reducer=rule.by,
         n_notes=case.notes,
         n_found=case.evidence.found,
-        n_groups=case.different,
+        n_groups=case.evidence.different,
         n_sent=len(groups),
         n_read=len(reading.asked),
         near_threshold=score is not None and abs(score - rule.threshold) < NEAR,

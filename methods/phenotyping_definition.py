@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from cluster.configure import read_yaml
 from methods.phenotyping_reduce import ReduceConfig
 from methods.phenotyping_rules import Rule
 from protocols.errors import BadInput, describe_validation_error
@@ -149,14 +149,7 @@ def read_definitions(paths: Sequence[str]) -> list[Definition]:
 
 def read_definition(file: Path) -> Definition:
     """One file. Raises BadInput."""
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise BadInput(f"definitions: cannot read {file}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BadInput(f"{file} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise BadInput(f"{file}: expected keys with values, such as phenotype_id")
+    values = read_yaml(file, "definitions")
     try:
         return Definition.model_validate(values)
     except ValidationError as error:

@@ -23,7 +23,6 @@ FORMULAS: tuple[Reducer, ...] = ("max", "count", "mean", "noisy_or", "log_odds",
 FOLDS = 5
 LONG = (3, 6)
 """Chart lengths, in snippets that were asked about, at which patients are parted."""
-
 MANY = 6
 """Healthy patients with so many questions or more are one entry of the false alarms."""
 

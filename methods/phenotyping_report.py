@@ -121,7 +121,7 @@ def evaluated(folder: Path, config: Config, source: Source, done: Collection[int
         if bucket_of(patient, config.steps) + 1 in done:
             labels.setdefault(phenotype, {})[patient] = label
     decisions: dict[str, dict[str, Decided]] = {name: {} for name in labels}
-    for one in read_decisions(folder):
+    for one in read_decisions(folder) if labels else ():
         if one.patient_id in labels.get(one.phenotype_id, ()):
             decisions[one.phenotype_id][one.patient_id] = one
     return [
@@ -159,11 +159,11 @@ def planned(folder: Path, config: Config, rows: Sequence[Mapping[str, float]], r
 
 
 def totals_of(rows: Sequence[Mapping[str, float]]) -> Counter[str]:
-    """Sums over steps. The first step tells snippets of all notes, later ones those of their patients again."""
+    """Sums over steps."""
     totals: Counter[str] = Counter()
     for row in rows:
         for name, value in row.items():
-            if value is not None and name != "step" and (name != "snippets" or "patients" in row):
+            if value is not None and name != "step":
                 totals[name] += int(value)
     return totals
 

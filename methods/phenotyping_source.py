@@ -18,11 +18,12 @@ from methods.phenotyping_config import LABEL_FIELDS, Config
 from methods.phenotyping_definition import Definition, read_definitions
 from methods.phenotyping_evidence import evidence_of
 from methods.phenotyping_mentions import mention_base, read_mentions, unrelated
-from methods.phenotyping_notes import Note, plain
+from methods.phenotyping_notes import Note, plain, suffix_of
 from methods.phenotyping_prompts import messages_of
 from methods.phenotyping_rules import Fact, Rule
 from methods.phenotyping_scan import Scan, scanned
 from methods.worlds import wards
+from methods.worlds.documents import read_lines
 from protocols.errors import BadInput, describe_validation_error
 from protocols.retriever import RetrieverService
 
@@ -121,17 +122,15 @@ async def ward_lessons(config: Config, retriever: RetrieverService) -> list[tupl
     first = 0
     size = config.wards.model_copy(update={"prevalence": 0.5, "copied": 0.0})
     while len(found) < config.wards.lessons:
-        for patient in wards.patients_of(size, wards.TAUGHT, config.seed + 1, unseen=False, first=first, count=200):
-            for one in patient.notes:
-                if one.said is None:
-                    continue
-                note = Note(one.patient_id, one.note_id, one.text, one.date, one.note_type)
-                evidence = evidence_of(await scanned(retriever, scan, [note]), definition, config.evidence)
-                for group in evidence.groups:
-                    answer = config.prompt.labels[wards.LABELS[one.said]]
-                    if rng.random() < wards.NOISE:
-                        answer = answers[int(rng.integers(len(answers)))]
-                    found.append((messages_of(group, definition, config.prompt)[0].content, answer))
+        some = wards.patients_of(size, wards.TAUGHT, config.seed + 1, unseen=False, first=first, count=200)
+        told = [(one, one.said) for patient in some for one in patient.notes if one.said is not None]
+        notes = [Note(one.patient_id, one.note_id, one.text, one.date, one.note_type) for one, _ in told]
+        for (_, said), note in zip(told, await scanned(retriever, scan, notes), strict=True):
+            for group in evidence_of([note], definition, config.evidence).groups:
+                answer = config.prompt.labels[wards.LABELS[said]]
+                if rng.random() < wards.NOISE:
+                    answer = answers[int(rng.integers(len(answers)))]
+                found.append((messages_of(group, definition, config.prompt)[0].content, answer))
         if not found:
             raise BadInput(f"window: no snippet has evidence.letters={config.evidence.letters} letters")
         first += 200
@@ -152,25 +151,22 @@ def model_digest(model: str) -> str:
 
 
 def rows_of(path: str, what: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows of .jsonl or .csv with their places. Raises BadInput."""
-    file = Path(path).expanduser()
-    try:
-        with open(file, encoding="utf-8", newline="") as stream:
-            if file.suffix == ".csv":
-                reader = csv.DictReader(stream)
-                for row in reader:
-                    yield f"{path}:{reader.line_num}", row
-                return
-            for number, line in enumerate(stream, start=1):
-                if line.strip():
-                    value = json.loads(line)
-                    if not isinstance(value, dict):
-                        raise BadInput(f"{what}: {path}:{number}: expected an object")
-                    yield f"{path}:{number}", value
-    except OSError as error:
-        raise BadInput(f"{what}: cannot read {path}: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise BadInput(f"{what}: {path} is neither JSON lines nor CSV: {error}") from error
+    """Rows of .jsonl or .csv, perhaps with .gz, with their places. Raises BadInput, which shows no row."""
+    lines = read_lines(Path(path).expanduser(), what)
+    if suffix_of(Path(path)) == ".csv":
+        reader = csv.DictReader(lines)
+        for row in reader:
+            yield f"{path}:{reader.line_num}", row
+        return
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise BadInput(f"{what}: {path}:{number}: neither a row of JSON nor, by its name, of CSV") from error
+            if not isinstance(value, dict):
+                raise BadInput(f"{what}: {path}:{number}: expected an object")
+            yield f"{path}:{number}", value
 
 
 def read_facts(paths: list[str]) -> dict[str, list[Fact]]:

@@ -138,7 +138,7 @@ class Store:
             for entry in entries:
                 self._writer.add_document(self._written(entry))
             self._stamp = self._writer.commit()
-        except BaseException:
+        except BaseException:  # raised again: what was added so far must not come with the next commit
             self._writer.rollback()
             raise
         self.refresh()

@@ -19,6 +19,7 @@ from pydantic import Field
 
 from cluster.cluster import Cluster
 from cluster.seeds import derive_seed
+from methods.phenotyping_prompts import ANSWERS, PLACEHOLDER, Answer
 from methods.worlds.bases import base_of
 from methods.worlds.teaching import lesson, teach
 from methods.worlds.tiny import write_tiny
@@ -26,7 +27,7 @@ from protocols.policy import PolicyConfig
 from protocols.service import Message
 
 Kind = Literal["assert", "deny", "question", "family"]
-LABELS: dict[Kind, Literal["yes", "no", "uncertain"]] = {
+LABELS: dict[Kind, Answer] = {
     "assert": "yes",
     "deny": "no",
     "question": "uncertain",
@@ -109,6 +110,8 @@ SYLLABLES = ("vel", "tor", "mig", "lan", "sep", "dru", "kol", "pra", "zin", "obe
 NOTE_TYPES = ("clinic", "ward")
 WIDTH, LAYERS, SPREAD = 96, 3, 0.1
 STEPS, ROWS, LEARNING_RATE, NOISE = 500, 64, 2e-3, 0.05
+FRAME = 6
+"""Words of a prompt that are not the text's, and the answer."""
 TAUGHT = "morbolosis"
 """The disease that the small policy learns on."""
 
@@ -237,16 +240,11 @@ def stuffed(patient: Patient, disease: str, context: int) -> Patient:
 
 def vocabulary() -> list[str]:
     """All words of the small policy."""
-    phrases = [phrase.replace("{d}", "[it]") for both in PHRASES.values() for some in both for phrase in some]
+    phrases = [phrase.replace("{d}", PLACEHOLDER) for both in PHRASES.values() for some in both for phrase in some]
     words = {word for text in [*phrases, *FILLERS, *FAMILY_FILLERS] for word in text.split()}
     headers = [*SECTIONS, *(section.rstrip(":") for section in SECTIONS), "[SECTION]", "[TEXT]"]
     # An answer may be a word of the notes.
     return list(dict.fromkeys([*sorted(words), *headers, *ANSWERS]))
-
-
-ANSWERS = ("yes", "no", "uncertain")
-FRAME = 6
-"""Words of a prompt that are not the text's, and the answer."""
 
 
 async def ward_base(
