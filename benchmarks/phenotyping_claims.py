@@ -30,7 +30,7 @@ from methods.phenotyping_decide import Decided  # noqa: E402
 from methods.phenotyping_measures import bootstrap_gain, counts, mcnemar  # noqa: E402
 from methods.worlds import wards  # noqa: E402
 
-QUIET = ["world=wards", "wandb=disabled"]
+QUIET = ["wandb=disabled"]
 PLAIN = "as preset"
 BARE = ["window.snap=0", "evidence.letters=1"]
 """Edges that move to the ends of sentences would hide what the window alone does, and a name has few letters."""
@@ -82,7 +82,9 @@ def played(arms: Sequence[str], seeds: Sequence[int], runs: Path, parallel: int)
     """All arms with all seeds, the preset first: other arms may ask the policy that it taught."""
     jobs = [(arm, seed) for arm in arms for seed in seeds]
     with ThreadPoolExecutor(parallel) as pool:
-        made = pool.map(lambda job: run(f"{slug(job[0])}-{job[1]}", [f"seed={job[1]}", *ARMS[job[0]]], runs), jobs)
+        made = pool.map(
+            lambda job: run(f"{slug(job[0])}-{job[1]}", ["world=wards", f"seed={job[1]}", *ARMS[job[0]]], runs), jobs
+        )
         found = dict(zip(jobs, made, strict=True))
     return {arm: [found[arm, seed] for seed in seeds] for arm in arms}
 
