@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from methods.phenotyping_prompts import ANSWERS, MOST_WRITTEN, Answer, PromptConfig
+from methods.phenotyping_prompts import AFTER_THOUGHT, ANSWERS, MOST_WRITTEN, Answer, PromptConfig
 from methods.phenotyping_sample import Asked, written
 from protocols.errors import BadInput, Corrupt
 from protocols.messages import ChatMessage, FinishReason, Prompt, SamplingParams
@@ -116,7 +116,7 @@ class Asker:
     policy: PolicyService
     prompt: PromptConfig
     heads: list[Ids]
-    """Tokens of the three answers."""
+    """Tokens of the three answers, and of what leads from a thought to them."""
     context: int
     """Longest sequence of the policy."""
     per_call: int
@@ -145,7 +145,8 @@ async def make_asker(
     structured: bool = False,
 ) -> Asker:
     """Raises BadInput if the policy's tokenizer does not tell the answers apart."""
-    texts = [Prompt(text=prompt.labels[one], uid=f"prompt.labels.{one}") for one in ANSWERS]
+    lead = AFTER_THOUGHT if prompt.variant == "reasoning" else ""
+    texts = [Prompt(text=f"{lead}{prompt.labels[one]}", uid=f"prompt.labels.{one}") for one in ANSWERS]
     told = (await policy.tokenize(TokenizeRequest(prompts=texts, continues=True))).tokens
     heads = [one.array.astype(np.int32) for one in told]
     if len({tuple(head.tolist()) for head in heads}) < len(heads) or not all(len(head) for head in heads):

@@ -17,6 +17,7 @@ from methods.phenotyping_prompts import (
     ROLE,
     TOGETHER,
     PromptConfig,
+    ending,
     form_of,
     key_of,
     shown,
@@ -164,7 +165,7 @@ def reading_of(verdicts: Sequence[Verdict], definition: Definition, prompt: Prom
     if definition.ever_or_current == "current":
         lines.append("A disease that is over does not count.")
     lines += [FINDINGS, *(one.line for one in verdicts)]
-    lines += [TOGETHER.format(description=definition.description), form_of(prompt), "Answer:"]
+    lines += [TOGETHER.format(description=definition.description), form_of(prompt), ending(prompt)]
     return [ChatMessage(role="user", content="\n".join(lines))]
 
 

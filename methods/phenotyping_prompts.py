@@ -30,6 +30,8 @@ WRITE = (
     ' the words of the text that show it, copied as they stand, "reason": at most ten words}}.'
 )
 """The form of an answer that is chosen, and of one that is written."""
+BEGINS, THOUGHT, AFTER_THOUGHT = "Answer:", "Thought:", "\nAnswer: "
+"""What a prompt ends with, what one that is to be thought about does, and what stands between thought and answer."""
 REVISE = "This cannot be used. {wrong} Write the JSON object again, and nothing else."
 """What is asked after an answer that cannot be used."""
 WRONG_OBJECT = "There is no JSON object in it."
@@ -86,7 +88,8 @@ class PromptConfig(Message):
     def digest(self) -> str:
         """Of the template, and of the words that are in this file."""
         told: list[object] = [self.model_dump(mode="json"), ROLE, EXAMPLES, PLACEHOLDER, OPEN, CLOSE]
-        told += [CHOOSE, WRITE, STATUSES, REVISE, WRONG_OBJECT, WRONG_QUOTE, FINDINGS, TOGETHER]
+        told += [CHOOSE, WRITE, STATUSES, BEGINS, THOUGHT, AFTER_THOUGHT]
+        told += [REVISE, WRONG_OBJECT, WRONG_QUOTE, FINDINGS, TOGETHER]
         told += [MOST_WRITTEN, MOST_QUOTED, MOST_REASONED]
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -123,7 +126,7 @@ def messages_of(group: Group, definition: Definition, config: PromptConfig) -> l
     when = "" if group.days_before is None else f"{group.days_before} days before the patient's last note"
     about = [("Section", section), ("Note type", group.note.note_type), ("Written", when)]
     lines = [f"{name}: {value}" for name, value in about if value]
-    text = "\n".join([*head(definition, config), *lines, "Text:", OPEN, snippet, CLOSE, "Answer:"])
+    text = "\n".join([*head(definition, config), *lines, "Text:", OPEN, snippet, CLOSE, ending(config)])
     return [ChatMessage(role="user", content=text)]
 
 
@@ -147,13 +150,18 @@ def form_of(config: PromptConfig) -> str:
     return (WRITE if config.answer == "sample" else CHOOSE).format(answers=answers, statuses=", ".join(STATUSES))
 
 
+def ending(config: PromptConfig) -> str:
+    """The last line of a prompt."""
+    return THOUGHT if config.variant == "reasoning" else BEGINS
+
+
 def example_of(example: tuple[str, Answer, str, str], name: str, config: PromptConfig) -> list[str]:
     """An invented text with its answer, in the form that is asked for."""
     text, answer, status, reason = example
     text, told = text.format(name=name), config.labels[answer]
     if config.answer == "sample":
         told = json.dumps({"answer": told, "status": status, "quote": text, "reason": reason}, ensure_ascii=False)
-    return ["Text:", OPEN, text, CLOSE, f"Answer: {told}"]
+    return ["Text:", OPEN, text, CLOSE, f"{BEGINS} {told}"]
 
 
 def key_of(parts: Sequence[str], messages: Sequence[ChatMessage]) -> str:

@@ -433,12 +433,15 @@ async def test_reasoning_is_written_first_and_counts_as_decoded(tmp_path: Path, 
     }
     assert len(done.policy.calls) == sum(one["asked"] for one in done.decisions.values()) > 4
     assert all("Think in one short sentence first" in call.text for call in done.policy.calls)
-    # What was written stands between the prompt and the label that is scored.
+    # What was written stands between the prompt and the label that is scored, which is led to.
     sampled = [prompt.tokens.array.tolist() for r in done.policy.requests for prompt in r.prompts]
     scored = [tokens.array.tolist() for r in done.policy.scored for tokens in r.sequences]
     said = [done.policy.ids(thinks(call.text)) for call in done.policy.calls]
     assert [one[: len(ids)] for one, ids in zip(scored[::3], sampled, strict=True)] == sampled
-    assert [one[len(ids) : -1] for one, ids in zip(scored[::3], sampled, strict=True)] == said
+    lead = done.policy.ids("\nAnswer: yes")
+    rest = [one[len(ids) :] for one, ids in zip(scored[::3], sampled, strict=True)]
+    assert rest == [[*thought, *lead] for thought in said]
+    assert all(call.text.endswith("\nThought:") for call in done.policy.calls)
     for one in done.decisions.values():
         assert one["decoded"] == 6 * one["asked"]
     assert sum(one["tokens"] for one in done.decisions.values()) == sum(map(len, sampled))
