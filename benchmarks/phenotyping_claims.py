@@ -8,7 +8,8 @@ claims     all reducers beside rules, codes and any mention, and what the specif
 ablations  windows, the section's header, de-duplication
 alarms     healthy patients who are called ill, and precision, by number of questions
 phrases    the small policy's answers to snippets with phrases that it has learnt from, and that it has not
-stuffing   all notes of a patient in one question of at most 512 tokens, by a policy taught to read such ones
+stuffing   all notes of a patient in one question of at most 512 tokens, by a policy taught to read such ones, and by
+           one that has learnt from snippets
 long       the same with notes so long that most patients' do not fit
 """
 
@@ -34,10 +35,8 @@ QUIET = ["wandb=disabled"]
 PLAIN = "as preset"
 BARE = ["window.snap=0", "evidence.letters=1"]
 """Edges that move to the ends of sentences would hide what the window alone does, and a name has few letters."""
-STUFFED = [
-    "wards.stuffed=true", "wards.context=512", "prompt.section=false", "window.characters=100000",
-    "window.max_characters=100000",
-]  # fmt: skip
+CHARTS = ["wards.context=512", "prompt.section=false", "window.characters=100000", "window.max_characters=100000"]
+TAUGHT, ASKED = [*CHARTS, "wards.stuffed=taught"], [*CHARTS, "wards.stuffed=asked"]
 LONG = ["wards.filler=20"]
 ARMS = {
     # Notes are shorter than its window of 250 characters, so that edges do not move.
@@ -47,17 +46,19 @@ ARMS = {
     "window 40": [*BARE, "window.characters=40"],
     "window 40, no section": [*BARE, "window.characters=40", "prompt.section=false"],
     "copies asked": ["evidence.jaccard=2"],
-    "stuffing": STUFFED,
+    "stuffing": TAUGHT,
+    "stuffing, taught on snippets": ASKED,
     "long notes": LONG,
-    "long notes, stuffing": [*LONG, *STUFFED],
+    "long notes, stuffing": [*LONG, *TAUGHT],
+    "long notes, stuffing, taught on snippets": [*LONG, *ASKED],
 }
 PARTS = {
     "claims": [PLAIN],
     "ablations": [PLAIN, "no section", "window 0", "window 40", "window 40, no section", "copies asked"],
     "alarms": [PLAIN],
     "phrases": [PLAIN],
-    "stuffing": [PLAIN, "stuffing"],
-    "long": ["long notes", "long notes, stuffing"],
+    "stuffing": [PLAIN, "stuffing", "stuffing, taught on snippets"],
+    "long": ["long notes", "long notes, stuffing", "long notes, stuffing, taught on snippets"],
 }
 SEEDS = {"claims": 5, "ablations": 3, "alarms": 5, "phrases": 5, "stuffing": 3, "long": 3}
 SHARED = [set(wards.PHRASES["assert"][i]) & set(wards.PHRASES["family"][i]) for i in (0, 1)]
@@ -299,25 +300,27 @@ def phrase_in(text: str, kind: wards.Kind, disease: str) -> tuple[str, str]:
 
 
 def stuffing(found: Found, seeds: Sequence[int]) -> Values:
-    """The two arms side by side on the same patients."""
-    rows, values = [], []
-    for folder, other, seed in zip(*found.values(), seeds, strict=True):
-        patients = world(seed)
-        mine, theirs = decisions(folder), decisions(other)
-        truth = [one.ill for one in patients]
-        yes = [[own[one.id].decision == "yes" for one in patients] for own in (mine, theirs)]
-        f1 = [counts(truth, some).f1 for some in yes]
-        low, high = bootstrap_gain(truth, yes[0], yes[1], seed=seed)
-        tokens = [sum(one.tokens for one in own.values()) for own in (mine, theirs)]
-        values.append({"f1": f1, "low": low, "high": high, "tokens": tokens, "p": mcnemar(truth, *yes)})
-        gain = f"{f1[0] - f1[1]:.3f} [{low:.3f}, {high:.3f}]"
-        rows.append([str(seed), *(f"{one:.3f}" for one in f1), gain, f"{values[-1]['p']:.1g}", *map(str, tokens)])
-    table("seed | F1, max | F1, stuffing | gain | McNemar p | tokens | tokens, stuffing", rows)
-    print(f"\ngain: {cell([one['f1'][0] - one['f1'][1] for one in values])}")
-    return {
-        "seeds": values,
-        "arms": {arm: [system(one, "as decided") for one in some] for arm, some in found.items()},
-    }
+    """The first arm beside each other one, on the same patients."""
+    (_, first), *others = found.items()
+    values: Values = {"arms": {arm: [system(one, "as decided") for one in some] for arm, some in found.items()}}
+    rows = []
+    for arm, folders in others:
+        values[arm] = []
+        for folder, other, seed in zip(first, folders, seeds, strict=True):
+            patients = world(seed)
+            mine, theirs = decisions(folder), decisions(other)
+            truth = [one.ill for one in patients]
+            yes = [[own[one.id].decision == "yes" for one in patients] for own in (mine, theirs)]
+            f1 = [counts(truth, some).f1 for some in yes]
+            low, high = bootstrap_gain(truth, yes[0], yes[1], seed=seed)
+            tokens = [sum(one.tokens for one in own.values()) for own in (mine, theirs)]
+            values[arm].append({"f1": f1, "low": low, "high": high, "tokens": tokens, "p": mcnemar(truth, *yes)})
+            told = [*(f"{one:.3f}" for one in f1), f"{f1[0] - f1[1]:.3f} [{low:.3f}, {high:.3f}]"]
+            rows.append([arm, str(seed), *told, f"{values[arm][-1]['p']:.1g}", *map(str, tokens)])
+    table("beside | seed | F1, max | F1 of it | gain | McNemar p | tokens | tokens of it", rows)
+    for arm, _ in others:
+        print(f"\ngain over {arm}: {cell([one['f1'][0] - one['f1'][1] for one in values[arm]])}")
+    return values
 
 
 SHOW = {

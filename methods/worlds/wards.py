@@ -131,9 +131,10 @@ class WardsConfig(Message):
     """Snippets that the small policy learns from."""
     context: int = Field(default=256, ge=16)
     """Longest prompt of the small policy, in words."""
-    stuffed: bool = False
+    stuffed: Literal["no", "asked", "taught"] = "no"
     """Put each patient's notes together as one, oldest first, until the context is full: a baseline that reads whole
-    notes. The small policy learns from such ones, too; the window has to be as wide as they are."""
+    notes. `asked`: the small policy has learnt from snippets all the same; `taught`: it learns from such ones, too,
+    and from what is true of their patients. The window has to be as wide as they are."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ def patients_of(
     for number in range(first, first + (config.patients if count is None else count)):
         rng = np.random.default_rng(derive_seed(seed, "patient", number))
         patient = patient_of(config, disease, rng, number, unseen)
-        yield stuffed(patient, disease, config.context) if config.stuffed else patient
+        yield stuffed(patient, disease, config.context) if config.stuffed != "no" else patient
 
 
 def patient_of(config: WardsConfig, disease: str, rng: np.random.Generator, number: int, unseen: bool) -> Patient:

@@ -141,7 +141,7 @@ async def test_lessons_without_a_snippet_are_refused() -> None:
 
 async def test_stuffed_lessons_hold_several_mentions_and_the_truth() -> None:
     wide = ["window.characters=100000", "window.max_characters=100000", "prompt.section=false"]
-    found = await lessons("wards.stuffed=true", "wards.context=512", *wide)
+    found = await lessons("wards.stuffed=taught", "wards.context=512", *wide)
     assert {answer for _, answer in found} >= {"yes", "no"}
     assert max(prompt.count("[it]") for prompt, _ in found) > 3
     assert all(len(prompt.split()) <= 512 - 2 for prompt, _ in found)
