@@ -1,6 +1,6 @@
 """Measures prompts with a policy that was not taught the task: python benchmarks/phenotyping_prompts.py MODEL.
 
-MODEL is the folder of any chat model. It reads the wards' patients (150 per seed, an invented disease) by `launch.py
+MODEL is the folder of any chat model. It reads the wards' patients (100 per seed, an invented disease) by `launch.py
 phenotyping`, once with each form of the prompt, and once with all notes of a patient in one prompt of at most 512
 tokens (stuffing). Nothing is trained, and no threshold is chosen but on other patients. Runs that are there already
 are not repeated. Prints Markdown tables, and writes their values to prompts.json.
@@ -23,7 +23,7 @@ from methods.phenotyping_scan import Finding, Scanned
 from methods.phenotyping_source import CODE, DRUG, ward_definition
 from methods.worlds import wards
 
-PATIENTS, CONTEXT = 150, 512
+PATIENTS, CONTEXT = 100, 512
 VARIANTS = ("plain", "not_counting", "examples", "reasoning")
 STUFFED = ["window.characters=100000", "window.max_characters=100000"]
 SYSTEMS = ("MapReduce, max", "MapReduce, log_odds", "max, threshold of other patients")
