@@ -181,7 +181,7 @@ class ReviserActor(Actor, ReviserService):
             return None, 0
         heads = [self._heads[label] for label in LABELS]
         sequences = [Tensor(np.concatenate([prompt, head])) for prompt in prompts for head in heads]
-        response = await self._policy.score(ScoreRequest(sequences=sequences))
+        response = await self._policy.score(ScoreRequest(sequences=sequences, last=max(map(len, heads))))
         totals = [
             float(logprobs.array[-len(heads[i % len(heads)]) :].astype(np.float64).sum())
             for i, logprobs in enumerate(response.logprobs)

@@ -96,7 +96,7 @@ class VerifierActor(Actor, VerifierService):
             return CompareResponse(comparisons=comparisons)
         orders = [asked[2 * i + swapped].array for i in fitting for swapped in (0, 1)]
         sequences = [Tensor(np.concatenate([order, name])) for order in orders for name in names]
-        scored = await self._policy.score(ScoreRequest(sequences=sequences))
+        scored = await self._policy.score(ScoreRequest(sequences=sequences, last=max(map(len, names))))
         ends = zip(scored.logprobs, names * len(orders), strict=True)
         totals = [logprobs.array[-len(name) :].astype(np.float64).sum() for logprobs, name in ends]
         logits_B22 = np.array(totals).reshape(-1, 2, 2)

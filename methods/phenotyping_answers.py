@@ -35,6 +35,8 @@ class Question:
     messages: list[ChatMessage]
     snippet: str = ""
     """The text that it is about, as it is shown; a written answer quotes from it."""
+    phenotype: str = ""
+    """Questions about the same one begin with the same words, and are asked together."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,7 @@ async def ask(
     distinct = {one.key: one for one in questions}
     known = store.known(list(distinct))
     mine = [one for key, one in distinct.items() if key not in known or known[key].asked_for == asked_for]
-    mine.sort(key=lambda one: (sum(len(turn.content) for turn in one.messages), one.key))
+    mine.sort(key=lambda one: (one.phenotype, sum(len(turn.content) for turn in one.messages), one.key))
     calls = [mine[start : start + asker.per_call] for start in range(0, len(mine), asker.per_call)]
     left = [call for call in calls if not all(one.key in known for one in call)]
     done, waiting = sum(map(len, calls)) - sum(map(len, left)), iter(left)
@@ -248,7 +250,8 @@ async def label_probs(asker: Asker, prompts: Sequence[Ids]) -> list[tuple[float,
     if not prompts:
         return []
     sequences = [Tensor(np.concatenate([ids, head])) for ids in prompts for head in asker.heads]
-    response = await asker.policy.score(ScoreRequest(sequences=sequences))
+    last = max(map(len, asker.heads))
+    response = await asker.policy.score(ScoreRequest(sequences=sequences, last=last))
     totals = [
         float(logprobs.array[-len(asker.heads[i % len(asker.heads)]) :].astype(np.float64).sum())
         for i, logprobs in enumerate(response.logprobs)

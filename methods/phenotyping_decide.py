@@ -156,7 +156,12 @@ def cases_of(
             parts = [definition.digest, origin.prompt.digest, origin.model]
             asked = [messages_of(group, definition, origin.prompt) for group in evidence.groups]
             questions = [
-                Question(key_of(parts, messages), messages, shown(group.finding, mask=origin.prompt.mask))
+                Question(
+                    key_of(parts, messages),
+                    messages,
+                    shown(group.finding, mask=origin.prompt.mask),
+                    definition.phenotype_id,
+                )
                 for group, messages in zip(evidence.groups, asked, strict=True)
             ]
             cases.append(Case(patient, definition, len(notes), doubled, evidence, questions))

@@ -66,7 +66,7 @@ class Tree:
     def question(self, verdicts: Sequence[Verdict], prompt: PromptConfig) -> Question:
         """What is asked of some of them."""
         messages = reading_of(verdicts, self.definition, prompt)
-        return Question(key_of(self.parts, messages), messages)
+        return Question(key_of(self.parts, messages), messages, phenotype=self.definition.phenotype_id)
 
 
 def check_reads(definitions: Sequence[Definition], config: PromptConfig) -> None:

@@ -208,13 +208,17 @@ class ScoreRequest(Message):
     """Token ids, int32[T] each, at least one token."""
     temperature: float = Field(default=1.0, ge=1e-6, le=1e6)
     """Logits are divided by it."""
+    last: int = Field(default=0, ge=0)
+    """Only so many tokens at the end of each sequence are wanted, such as an answer behind its prompt; 0: all. What
+    sequences begin with in common is then computed once, as far as the engine can."""
 
 
 class ScoreResponse(Message):
     """Log-probs per sequence."""
 
     logprobs: list[PerToken]
-    """Entry t is log p(token t | tokens before t), nats, float32[T]; entry 0 is 0."""
+    """Entry t is log p(token t | tokens before t), nats, float32[T]; entry 0 is 0, and so are those that were not
+    wanted."""
     version: int
     """Weight version that scored."""
 

@@ -117,6 +117,8 @@ def logprobs_and_entropy(
     return at_targets(all_BKV, targets_BK), entropy_BK
 
 
+LEAST_SHARED = 16
+"""Leading tokens in common below which nothing is gained by computing them apart."""
 NEAR_END = 8
 """Tokens at the end of a row within which another may leave it and still be scored with it."""
 
@@ -139,9 +141,12 @@ def hosts_of(rows: Sequence[NDArray[np.int32]]) -> list[int]:
 
 @torch.no_grad()
 def score(
-    model: Any, rows: Sequence[NDArray[np.int32]], temperature: float, budget: int
+    model: Any, rows: Sequence[NDArray[np.int32]], temperature: float, budget: int, last: int = 0
 ) -> list[NDArray[np.float32]]:
-    """Log-probs of every token of every row, float32[T] each; entry 0 is 0."""
+    """Log-probs of every token of every row, float32[T] each; entry 0 is 0. `last`: only of so many tokens at the end
+    of each row, and 0 before them."""
+    if last:
+        return _score_ends(model, rows, temperature, budget, last)
     results: list[NDArray[np.float32]] = [np.zeros(len(row), np.float32) for row in rows]
     hosts = hosts_of(rows)
     own = [i for i, host in enumerate(hosts) if host == i]
@@ -165,6 +170,67 @@ def score(
                 results[guest][1:last] = logprobs_K[: last - 1]
                 results[guest][last] = float(all_BKV[b, last - 1, int(rows[guest][last])])
     return results
+
+
+def _score_ends(
+    model: Any, rows: Sequence[NDArray[np.int32]], temperature: float, budget: int, last: int
+) -> list[NDArray[np.float32]]:
+    """As `score`, of the last tokens alone; what rows begin with in common is computed once."""
+    results: list[NDArray[np.float32]] = [np.zeros(len(row), np.float32) for row in rows]
+    ends = [np.arange(max(1, len(row) - last), len(row)) for row in rows]
+    hosts = hosts_of(rows)
+    own = [i for i, host in enumerate(hosts) if host == i]
+    for group in by_length([len(rows[i]) for i in own], budget):
+        chosen = [own[place] for place in group if len(rows[own[place]]) > 1]
+        if not chosen:
+            continue
+        wanted_BT = np.zeros((len(chosen), max(len(rows[i]) for i in chosen)), np.bool_)
+        scored = [(b, j) for b, i in enumerate(chosen) for j, host in enumerate(hosts) if host == i]
+        for b, j in scored:
+            wanted_BT[b, ends[j]] = True
+        logits, _, positions_K = _logits_behind(model, [rows[i] for i in chosen], wanted_BT)
+        all_BKV = log_softmax(logits, temperature)
+        for b, j in scored:
+            tokens, places = (
+                torch.from_numpy(rows[j][ends[j]].astype(np.int64)),
+                np.searchsorted(positions_K, ends[j]),
+            )
+            results[j][ends[j]] = all_BKV[b, torch.from_numpy(places), tokens].cpu().numpy()
+    return results
+
+
+def _logits_behind(
+    model: Any, rows: Sequence[NDArray[np.int32]], wanted_BT: NDArray[np.bool_]
+) -> tuple[torch.Tensor, torch.Tensor, NDArray[np.int64]]:
+    """As `logits_of`; leading tokens that all rows have in common go through the model once, into a cache."""
+    config = getattr(model, "module", model).config
+    first = int(np.flatnonzero(wanted_BT.any(axis=0))[0])
+    shared = min(common(rows), first - 1)
+    if len(rows) == 1 or shared < LEAST_SHARED or wanted_BT.shape[1] > longest_shared(config):
+        return logits_of(model, rows, wanted_BT)
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=config.get_text_config())
+    start = torch.from_numpy(rows[0][:shared].astype(np.int64))[None].to(model.device)
+    model(input_ids=start, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    cache.batch_repeat_interleave(len(rows))
+    tokens_BT = pad_right(rows).astype(np.int64)
+    positions_K = np.flatnonzero(wanted_BT[:, 1:].any(axis=0)) + 1
+    output = model(
+        input_ids=torch.from_numpy(tokens_BT[:, shared:]).to(model.device),
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=torch.from_numpy(positions_K - 1 - shared).to(model.device),
+        **attention_inputs([len(row) for row in rows], model.device),
+    )
+    return output.logits.float(), torch.from_numpy(tokens_BT[:, positions_K]).to(model.device), positions_K
+
+
+def common(rows: Sequence[NDArray[np.int32]]) -> int:
+    """How many leading tokens all rows have in common."""
+    width = min(map(len, rows))
+    differs_T = (np.stack([row[:width] for row in rows]) != rows[0][:width]).any(axis=0)
+    return int(differs_T.argmax()) if differs_T.any() else width
 
 
 @torch.no_grad()

@@ -162,11 +162,11 @@ class PolicyActor(Actor, PolicyService):
             work.cancel()
 
     async def score(self, request: ScoreRequest) -> ScoreResponse:
-        """Log-probs of every token of the sequences."""
+        """Log-probs of the tokens of sequences."""
         rows = [sequence.array for sequence in request.sequences]
         for i, row in enumerate(rows):
             self._loaded.check_tokens(row, f"sequences[{i}]")
-        return await self._score(rows, request.temperature)
+        return await self._score(rows, request.temperature, request.last)
 
     async def embed(self, request: EmbedRequest) -> EmbedResponse:
         """Vectors of prompts."""
@@ -232,8 +232,8 @@ class PolicyActor(Actor, PolicyService):
 
         return await self._run(self._in_context(work))
 
-    async def _score(self, rows: list[NDArray[np.int32]], temperature: float) -> ScoreResponse:
-        work = self._in_context(lambda: forward.score(self._loaded.model, rows, temperature, self._budget))
+    async def _score(self, rows: list[NDArray[np.int32]], temperature: float, last: int) -> ScoreResponse:
+        work = self._in_context(lambda: forward.score(self._loaded.model, rows, temperature, self._budget, last))
         return ScoreResponse(logprobs=await self._run(work), version=self.version)
 
     @property

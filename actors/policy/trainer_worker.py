@@ -126,7 +126,7 @@ class TrainerActor(Actor, TrainerService):
     def _score(self, request: ScoreRequest) -> ScoreResponse:
         rows = [sequence.array for sequence in request.sequences]
         with self._autocast():
-            logprobs = forward.score(self._model, rows, request.temperature, self._budget)
+            logprobs = forward.score(self._model, rows, request.temperature, self._budget, request.last)
         return ScoreResponse(logprobs=logprobs, version=self._version)
 
     async def values(self, request: ValuesRequest) -> ValuesResponse:

@@ -96,16 +96,16 @@ class VLLMSamplerActor(SamplerActor):
         draw = (params.temperature, params.top_p, params.top_k, prompt.seed, row.sample)
         return Request(prompt.tokens.tolist(), drawn(draw, row.room, sorted(stops), params.structure), take)
 
-    async def _score(self, rows: list[NDArray[np.int32]], temperature: float) -> ScoreResponse:
+    async def _score(self, rows: list[NDArray[np.int32]], temperature: float, last: int) -> ScoreResponse:
         async with self._scores.at(temperature):
             while True:
-                logprobs, versions = await self._score_once(rows, temperature)
+                logprobs, versions = await self._score_once(rows, temperature, last)
                 if len(versions) == 1:
                     return ScoreResponse(logprobs=logprobs, version=versions.pop())
                 # New weights came between the sequences.
 
     async def _score_once(
-        self, rows: list[NDArray[np.int32]], temperature: float
+        self, rows: list[NDArray[np.int32]], temperature: float, last: int
     ) -> tuple[list[NDArray[np.float32]], set[int]]:
         logprobs = [np.zeros(len(row), np.float32) for row in rows]
         versions: set[int] = set()
@@ -119,8 +119,26 @@ class VLLMSamplerActor(SamplerActor):
 
             return Request(rows[place].tolist(), scored(temperature), take)
 
-        await self._engine.complete([request(place) for place in range(len(rows))])
-        return logprobs, versions
+        def drawn_again(place: int) -> Request:
+            """The last tokens as if they were drawn: so vLLM's prefix cache serves what is before them."""
+            row, first = rows[place].tolist(), max(1, len(rows[place]) - last)
+            left = iter(range(first, len(row)))
+
+            def take(output: Any, version: int) -> bool:
+                (grown,) = output.outputs
+                for entry, t in zip(grown.logprobs or [], left, strict=False):
+                    logprobs[place][t] = entry[row[t]].logprob
+                    versions.add(version)
+                return False
+
+            return Request(row[:first], given(temperature, row[first:]), take)
+
+        if last:
+            wanted = [drawn_again(place) for place, row in enumerate(rows) if len(row) > 1]
+        else:
+            wanted = [request(place) for place in range(len(rows))]
+        await self._engine.complete(wanted)
+        return logprobs, versions or {self._engine.version}
 
     async def _switch(self, tensors: dict[str, torch.Tensor], version: int) -> None:
         put = self._put if self._config.lora is None else self._put_adapter
@@ -186,6 +204,24 @@ def drawn(draw: tuple[float, float, int, int, int], room: int, stops: list[int],
         output_kind=RequestOutputKind.DELTA,
         structured_outputs=form,
         extra_args={DRAW: draw},
+    )
+
+
+def given(temperature: float, tokens: list[int]) -> Any:
+    """vLLM's parameters of tokens that are given, not drawn, and whose log-probs are wanted."""
+    from vllm.sampling_params import RequestOutputKind
+    from vllm.sampling_params import SamplingParams as VLLMParams
+
+    from actors.policy.vllm_worker import DRAW, GIVEN
+
+    return VLLMParams(
+        max_tokens=len(tokens),
+        temperature=0.0,
+        logprobs=0,
+        detokenize=False,
+        ignore_eos=True,
+        output_kind=RequestOutputKind.DELTA,
+        extra_args={DRAW: (temperature, 1.0, 0, 0, 0), GIVEN: tokens},
     )
 
 

@@ -16,6 +16,8 @@ from protocols.messages import SamplingParams
 
 DRAW = "draw"
 """Key of a request's (params, seed, sample index) in its extra arguments."""
+GIVEN = "given"
+"""Key of the tokens of a request that are taken instead of being drawn, at the temperature of its params."""
 TEMPERATURE = "temperature"
 """Key of the temperature at which a request scores its prompt."""
 
@@ -36,6 +38,8 @@ class SeededSampler(Sampler):  # type: ignore[misc]
         logits_RV = logits.float()
         tokens_R = torch.zeros(len(requests), dtype=torch.int64, device=logits.device)
         logprobs_R = torch.zeros(len(requests), device=logits.device)
+        if told := [i for i, request in enumerate(requests) if GIVEN in request.sampling_params.extra_args]:
+            tokens_R[told], logprobs_R[told] = _given([requests[i] for i in told], logits_RV[told])
         for params, places in _by_params(requests):
             drawn = torch.tensor([_uniform(requests[i]) for i in places], dtype=torch.float64, device=logits.device)
             # Most batches ask for one kind of drawing; then nothing is copied.
@@ -58,12 +62,23 @@ class SeededSampler(Sampler):  # type: ignore[misc]
 def _by_params(requests: list[Any]) -> list[tuple[SamplingParams, list[int]]]:
     places: dict[tuple[float, float, int], list[int]] = defaultdict(list)
     for place, request in enumerate(requests):
-        temperature, top_p, top_k, _, _ = request.sampling_params.extra_args[DRAW]
-        places[temperature, top_p, top_k].append(place)
+        if GIVEN not in request.sampling_params.extra_args:
+            temperature, top_p, top_k, _, _ = request.sampling_params.extra_args[DRAW]
+            places[temperature, top_p, top_k].append(place)
     return [
         (SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k), chosen)
         for (temperature, top_p, top_k), chosen in places.items()
     ]
+
+
+def _given(requests: list[Any], logits_RV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The next token of each request, int64[R], and its log softmax(logits / temperature), float32[R]."""
+    extra = [request.sampling_params.extra_args for request in requests]
+    next_ = [one[GIVEN][len(request.output_token_ids)] for one, request in zip(extra, requests, strict=True)]
+    tokens_R = torch.tensor(next_, device=logits_RV.device)
+    temperature_R = torch.tensor([one[DRAW][0] for one in extra], device=logits_RV.device)
+    logprobs_RV = torch.log_softmax(logits_RV / temperature_R[:, None], dim=-1)
+    return tokens_R, logprobs_RV.gather(-1, tokens_R[:, None]).squeeze(-1)
 
 
 def _uniform(request: Any) -> float:

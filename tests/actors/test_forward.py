@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from actors.policy.forward import NEAR_END, SHARING, hosts_of, logits_of, longest_shared, score
+from actors.policy.forward import LEAST_SHARED, NEAR_END, SHARING, common, hosts_of, logits_of, longest_shared, score
 from actors.policy.loading import Loaded
 
 SMALL: dict[str, Any] = {
@@ -107,3 +107,37 @@ def test_rows_score_together_as_alone(rows: list[list[int]], budget: int) -> Non
         (alone,) = score(model, [row], 0.7, budget)
         np.testing.assert_allclose(together, alone, atol=2e-5)
         assert together[0] == 0
+
+
+@given(
+    st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=9), min_size=1, max_size=12),
+    st.sampled_from([0, LEAST_SHARED - 1, LEAST_SHARED, 30]),
+    st.integers(1, 12),
+    st.sampled_from([64, 2048]),
+)
+def test_last_tokens_are_scored_as_with_all_others(rows: list[list[int]], start: int, last: int, budget: int) -> None:
+    model = a_model("llama")
+    tokens = [np.asarray([*range(4, 4 + start), *row], np.int32) for row in rows]
+    whole = score(model, tokens, 0.7, budget)
+    for ends, every in zip(score(model, tokens, 0.7, budget, last), whole, strict=True):
+        wanted = np.arange(len(every)) >= max(1, len(every) - last)
+        np.testing.assert_allclose(ends, np.where(wanted, every, 0), atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", sorted(SHARING))
+def test_what_prompts_begin_with_goes_through_the_model_once(kind: str, forward_calls: Any) -> None:
+    model = a_model(kind)
+    template = np.arange(1, 1 + 2 * LEAST_SHARED)
+    questions = [np.r_[template, 40 + i, np.full(i, 2)] for i in range(4)]
+    rows = [np.r_[question, answer].astype(np.int32) for question in questions for answer in (7, 8, 9)]
+    with forward_calls(model) as calls:
+        found = score(model, rows, 1.0, 2048, 1)
+    assert [tuple(call["input_ids"].shape) for call in calls] == [(1, len(template)), (4, 1 + 3 + 1)]
+    for ends, every in zip(found, score(model, rows, 1.0, 2048), strict=True):
+        np.testing.assert_allclose(ends[-1], every[-1], atol=2e-5)
+        assert not ends[:-1].any() and ends[-1] < 0
+
+
+def test_rows_have_leading_tokens_in_common() -> None:
+    rows = [np.asarray(row, np.int32) for row in ([1, 2, 3, 4], [1, 2, 9, 4, 5], [1, 2])]
+    assert [common(rows), common(rows[:2]), common(rows[:1]), common([rows[0], rows[1][2:]])] == [2, 2, 4, 0]

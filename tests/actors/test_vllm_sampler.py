@@ -145,6 +145,9 @@ async def test_both_samplers_draw_the_same_tokens_with_the_same_log_probs(
         for temperature in (1.0, 0.6)
     ]
     full = ScoreRequest(sequences=[RNG.integers(0, 180, CONTEXT), RNG.integers(0, 180, 1)])
+    scored += [
+        request.model_copy(update={"last": last}) for request in (*scored[:2], full) for last in (1, 3, CONTEXT)
+    ]
     for request, theirs in zip(
         [*scored, full], await asyncio.gather(*map(other.score, [*scored, full])), strict=True
     ):
