@@ -51,6 +51,7 @@ class Config(MethodConfig):
         "labels",
         "label_columns",
         "review",
+        "review_others",
         "recorded",
     }
     SHORTCUTS: ClassVar[dict[str, str]] = {"answer": "prompt.answer"}
@@ -82,7 +83,8 @@ class Config(MethodConfig):
     perhaps day and value."""
     labels: str = ""
     """.csv or .jsonl with patient_id, phenotype and label (1, 0, or empty where nobody can say): decisions are
-    compared with them."""
+    compared with them. With `sampled` (flagged or other) and `of` (how many there are of these), as the review page
+    exports them, each label counts for as many patients as it stands for."""
     label_columns: dict[str, str] = {}
     """Names of its columns where they are others."""
     retriever: RetrieverConfig = RetrieverConfig(kind="pattern", resources=Resources(cpus=1))
@@ -119,7 +121,12 @@ class Config(MethodConfig):
     """Read the notes, and count the questions that `answers` does not hold and their tokens; nothing is asked or
     decided."""
     review: int = Field(default=200, ge=0)
-    """Most patients and phenotypes on the review page, those that are not a plain no."""
+    """Most decisions of each phenotype on the review page among those that are flagged, which is all but a plain no
+    and no evidence. Where there are more they are drawn by a hash of the seed, patient and phenotype; 0: an empty
+    page."""
+    review_others: int = Field(default=50, ge=0)
+    """As many at most among the others, without whose labels recall cannot be told; 0: none of them. Where no snippet
+    was found a reviewer needs the chart."""
     recorded: str = ""
     """Time that the Provenance of FHIR groups tells, as 2024-05-01T12:00:00Z; empty: unknown, for equal runs write
     equal files."""

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from methods.phenotyping_decide import Cited, Decided
 from methods.phenotyping_definition import Definition
 from methods.phenotyping_measures import (
+    Drawn,
     average_precision,
     bootstrap_f1,
     bootstrap_gain,
@@ -27,9 +28,25 @@ MANY = 6
 """Healthy patients with so many questions or more are one entry of the false alarms."""
 
 
+@dataclass(frozen=True)
+class Labelled:
+    """Patients with a label that says yes or no, in the order of their ids."""
+
+    truth: list[bool]
+    lengths: list[int]
+    """Snippets that were asked about."""
+    sample: list[Drawn]
+    """How they were chosen."""
+
+    @property
+    def weights(self) -> list[float]:
+        """How many patients each one stands for."""
+        return [one.weight for one in self.sample]
+
+
 @dataclass
 class Measured:
-    """One way to decide, measured."""
+    """One way to decide, measured. Of labels that are a sample per stratum all is weighted but `p`."""
 
     name: str
     tp: float
@@ -46,22 +63,23 @@ class Measured:
     """Lower end of that of F1 less F1 of the baseline: the rules, or without facts any mention."""
     gain_high: float = math.nan
     p: float = math.nan
-    """McNemar's test against the baseline."""
+    """McNemar's test against the baseline, over the labelled patients as they are."""
     auprc: float = math.nan
     calibration_error: float = math.nan
     threshold: list[float] = field(default_factory=list)
     """Thresholds that were chosen on other patients, where they were."""
     by_length: dict[str, float] = field(default_factory=dict)
-    """Precision and F1 of patients with few, more and many snippets."""
+    """Precision and F1 of patients with few, more and many snippets, and how many of them have a label."""
 
 
 @dataclass
 class Alarms:
-    """Share of the healthy patients with so many questions who would be called ill."""
+    """Share of the healthy patients with so many questions who would be called ill, weighted as `Measured` is."""
 
     questions: int
     """So many, or at least so many in the last entry."""
     patients: int
+    """With a label."""
     max: float
     """By `max`: one snippet is enough."""
     count: float
@@ -72,7 +90,7 @@ class Alarms:
 
 @dataclass
 class Evaluation:
-    """Of one phenotype."""
+    """Of one phenotype. Whole numbers are of labelled patients, whatever these stand for."""
 
     phenotype_id: str
     patients: int
@@ -91,7 +109,8 @@ class Evaluation:
     alarms: list[Alarms]
     """By number of questions."""
     flagged: bool = False
-    """Whether there are labels of decisions that were flagged for review; they say nothing about recall and F1."""
+    """Whether there are labels of decisions that were flagged for review, and none of the others with the weights
+    that tell what both stand for; they say nothing about recall and F1."""
 
 
 def evaluate(
@@ -99,22 +118,28 @@ def evaluate(
     reduce: ReduceConfig | None,
     decisions: Mapping[str, Decided],
     labels: Mapping[str, bool | None],
-    facts: Mapping[str, Sequence[Fact]],
+    facts: Mapping[str, Sequence[Fact]] | None,
     seed: int,
     *,
+    sample: Mapping[str, Drawn] | None = None,
     flagged: bool = False,
 ) -> Evaluation:
     """`decisions` and `labels` by patient, of this phenotype. A labelled patient without notes has no evidence.
-    Scores in the band count as no, save where a threshold is chosen on other patients. `flagged`: some labels are of
-    decisions that were flagged for review."""
+    Scores in the band count as no, save where a threshold is chosen on other patients. `facts`: None where there are
+    none of anybody. `sample`: how patients were drawn, where labels are of a sample per stratum (specification 2.9).
+    `flagged`: as in Evaluation."""
     known = sorted(patient for patient, label in labels.items() if label is not None)
-    truth = [bool(labels[patient]) for patient in known]
     rows = [decisions.get(patient) for patient in known]
     cited = [row.evidence if row else [] for row in rows]
+    patients = Labelled(
+        truth=[bool(labels[patient]) for patient in known],
+        lengths=[len(own) for own in cited],
+        sample=[(sample or {}).get(patient, Drawn()) for patient in known],
+    )
     systems: dict[str, list[bool]] = {"any mention": [bool(row and row.n_found) for row in rows]}
     systems["cue words"] = [any(says_so(one) for one in own) for own in cited]
     baseline = "any mention"
-    if definition.rules is not None and facts:
+    if definition.rules is not None and facts is not None:
         systems["any code"] = [any_code(definition.rules, facts.get(patient, [])) for patient in known]
         systems["rules"] = [definition.rules.holds(facts.get(patient, [])) for patient in known]
         baseline = "rules"
@@ -132,26 +157,24 @@ def evaluate(
         if name.endswith("count"):
             continue
         try:
-            found, chosen = cross_fitted(truth, own, folds)
+            found, chosen = cross_fitted(patients.truth, own, folds, patients.weights)
         except ValueError:
             # Nobody in the other folds is ill.
             continue
         systems[f"{name}, threshold of other patients"] = found
         thresholds[f"{name}, threshold of other patients"] = list(chosen.values())
-    lengths = [len(own) for own in cited]
     measured = [
-        measure(name, truth, found, systems[baseline], scores.get(name), lengths, seed)
-        for name, found in systems.items()
+        measure(name, patients, found, systems[baseline], scores.get(name), seed) for name, found in systems.items()
     ]
     for one in measured:
         one.threshold = thresholds.get(one.name, [])
     decided = [row.decision if row else "no_evidence" for row in rows]
-    healthy = [own for own, ill in zip(cited, truth, strict=True) if not ill]
-    rate, by_questions = alarms(healthy, rule)
+    healthy = [i for i, ill in enumerate(patients.truth) if not ill]
+    rate, by_questions = alarms([cited[i] for i in healthy], rule, [patients.sample[i].weight for i in healthy])
     return Evaluation(
         phenotype_id=definition.phenotype_id,
         patients=len(known),
-        positive=sum(truth),
+        positive=sum(patients.truth),
         unlabelled=len(labels) - len(known),
         uncertain=decided.count("uncertain"),
         no_evidence=decided.count("no_evidence"),
@@ -164,19 +187,24 @@ def evaluate(
     )
 
 
-def alarms(healthy: Sequence[Sequence[Cited]], rule: ReduceConfig) -> tuple[float, list[Alarms]]:
-    """f of all snippets, and the false alarms by number of questions, of healthy patients' evidence."""
+def alarms(
+    healthy: Sequence[Sequence[Cited]], rule: ReduceConfig, weights: Sequence[float] | None = None
+) -> tuple[float, list[Alarms]]:
+    """f of all snippets, and the false alarms by number of questions, of healthy patients' evidence. `weights`: how
+    many patients each of them stands for."""
     hits = [[one.p is not None and one.p >= rule.threshold for one in own] for own in healthy]
-    total = sum(map(len, hits))
-    rate = sum(map(sum, hits)) / total if total else math.nan
+    weighted = list(zip(hits, weights or [1.0] * len(hits), strict=True))
+    total = math.fsum(w * len(own) for own, w in weighted)
+    rate = math.fsum(w * sum(own) for own, w in weighted) / total if total else math.nan
     found = []
     for n in range(1, MANY + 1):
-        some = [own for own in hits if (len(own) == n if n < MANY else len(own) >= n)]
+        some = [(own, w) for own, w in weighted if (len(own) == n if n < MANY else len(own) >= n)]
         if not some:
             continue
-        by_max = sum(any(own) for own in some) / len(some)
-        by_count = sum(sum(own) >= rule.count for own in some) / len(some)
-        expected = math.fsum(1 - (1 - rate) ** len(own) for own in some) / len(some)
+        size = math.fsum(w for _, w in some)
+        by_max = math.fsum(w * any(own) for own, w in some) / size
+        by_count = math.fsum(w * (sum(own) >= rule.count) for own, w in some) / size
+        expected = math.fsum(w * (1 - (1 - rate) ** len(own)) for own, w in some) / size
         found.append(Alarms(n, len(some), by_max, by_count, expected))
     return rate, found
 
@@ -194,20 +222,20 @@ def score_of(evidence: Sequence[Cited], config: ReduceConfig) -> float:
 
 def measure(
     name: str,
-    truth: Sequence[bool],
+    patients: Labelled,
     found: Sequence[bool],
     baseline: Sequence[bool],
     scores: Sequence[float] | None,
-    lengths: Sequence[int],
     seed: int,
 ) -> Measured:
     """All figures of one way to decide."""
-    own = counts(truth, found)
-    low, high = bootstrap_f1(truth, found, seed=seed)
-    gain_low, gain_high = bootstrap_gain(truth, found, baseline, seed=seed)
+    truth, weights = patients.truth, patients.weights
+    own = counts(truth, found, weights)
+    low, high = bootstrap_f1(truth, found, seed=seed, sample=patients.sample)
+    gain_low, gain_high = bootstrap_gain(truth, found, baseline, seed=seed, sample=patients.sample)
     parted: dict[str, float] = {}
-    for label, places in lengths_parted(lengths).items():
-        some = counts([truth[i] for i in places], [found[i] for i in places])
+    for label, places in lengths_parted(patients.lengths).items():
+        some = counts([truth[i] for i in places], [found[i] for i in places], [weights[i] for i in places])
         parted |= {f"precision, {label}": some.precision, f"f1, {label}": some.f1, f"patients, {label}": len(places)}
     return Measured(
         name=name,
@@ -220,8 +248,8 @@ def measure(
         gain_low=gain_low,
         gain_high=gain_high,
         p=mcnemar(truth, found, baseline),
-        auprc=math.nan if scores is None else average_precision(truth, scores),
-        calibration_error=math.nan if scores is None else calibration_error(truth, scores),
+        auprc=math.nan if scores is None else average_precision(truth, scores, weights),
+        calibration_error=math.nan if scores is None else calibration_error(truth, scores, weights),
         by_length=parted,
     )
 

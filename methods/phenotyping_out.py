@@ -6,9 +6,11 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from cluster.run_directory import write_atomically
 from methods.phenotyping_decide import Cited, Decided, Origin
@@ -35,29 +37,53 @@ NLP_COLUMNS = (
 COHORT_COLUMNS = ("cohort_definition_id", "subject_id", "cohort_start_date", "cohort_end_date")
 """Of OMOP's COHORT."""
 COST_COLUMNS = ("patient_id", "phenotype_id", "asked", "tokens", "decoded", "seconds")
+Add = Callable[[Decided], None]
+"""Takes the next decision. What is made of all is put in place when its context ends, and not if that fails."""
 FHIR_ID = re.compile(r"[A-Za-z0-9.-]{1,64}")
 UNKNOWN = "http://hl7.org/fhir/StructureDefinition/data-absent-reason"
 PARTICIPANTS = "http://terminology.hl7.org/CodeSystem/provenance-participant-type"
 
 
-def write_note_nlp(file: Path, found: Iterable[Decided], origin: Origin, recorded: str) -> None:
+@contextmanager
+def whole(file: Path) -> Iterator[TextIO]:
+    """A file to write, there when the context ends and not if that fails."""
+    with open(staged(file), "w", encoding="utf-8", newline="") as stream:
+        yield stream
+    staged(file).replace(file)
+
+
+@contextmanager
+def note_nlp(file: Path, origin: Origin, recorded: str) -> Iterator[Add]:
     """As OMOP's NOTE_NLP has it: one row per match of a cited snippet, and one per copy of the snippet, whose text is
     not kept. Concept ids are left to the site. `recorded`: when, as the configuration says it."""
     system = f"repertory phenotyping {origin.model} {origin.prompt.digest}"
-    with open(staged(file), "w", encoding="utf-8", newline="") as stream:
+    with whole(file) as stream:
         rows = csv.writer(stream)
         rows.writerow(NLP_COLUMNS)
-        number = 0
-        for one in found:
+        numbers = count(1)
+
+        def add(one: Decided) -> None:
             for cited in one.evidence:
                 exists = "Y" if cited.answer == "yes" else "N"
                 told = f"phenotype={one.phenotype_id};answer={cited.answer};p={cited.p}"
                 told += f";status={cited.status}" if cited.status else ""
                 for note, snippet, offset, variant, day in mentions_of(cited):
-                    number += 1
-                    row = [number, note, 0, snippet, offset, variant, 0, system, recorded[:10], recorded, exists, ""]
-                    rows.writerow([*row, told + (f";note_date={day}" if day else "")])
-    staged(file).replace(file)
+                    row = [
+                        next(numbers),
+                        note,
+                        0,
+                        snippet,
+                        offset,
+                        variant,
+                        0,
+                        system,
+                        recorded[:10],
+                        recorded,
+                        exists,
+                    ]
+                    rows.writerow([*row, "", told + (f";note_date={day}" if day else "")])
+
+        yield add
 
 
 def mentions_of(cited: Cited) -> Iterator[tuple[str, str, int, str, str]]:
@@ -69,29 +95,34 @@ def mentions_of(cited: Cited) -> Iterator[tuple[str, str, int, str, str]]:
         yield copy.note_id, "", copy.start, "", copy.date
 
 
-def write_cohort(file: Path, found: Iterable[Decided]) -> None:
+@contextmanager
+def cohort(file: Path) -> Iterator[Add]:
     """Patients who have it, as OMOP's COHORT has them, from the first to the last day of a text that says so; empty
     where none of these has a date. The site puts its number for the phenotype's id."""
-    with open(staged(file), "w", encoding="utf-8", newline="") as stream:
+    with whole(file) as stream:
         rows = csv.writer(stream)
         rows.writerow(COHORT_COLUMNS)
-        for one in found:
+
+        def add(one: Decided) -> None:
             if one.decision == "yes":
                 # A copy in a later note is no new evidence.
                 days = [day for cited in one.evidence if cited.answer == "yes" and (day := day_of(cited.date))]
                 ends = [min(days).isoformat(), max(days).isoformat()] if days else ["", ""]
                 rows.writerow([one.phenotype_id, one.patient_id, *ends])
-    staged(file).replace(file)
+
+        yield add
 
 
-def write_groups(
-    folder: Path, found: Iterable[Decided], definitions: Sequence[Definition], origin: Origin, recorded: str
-) -> None:
+@contextmanager
+def groups(folder: Path, definitions: Sequence[Definition], origin: Origin, recorded: str) -> Iterator[Add]:
     """Of each phenotype a folder with a FHIR R4 Group of the patients who have it, and the Provenance of that."""
     members: dict[str, list[str]] = {one.phenotype_id: [] for one in definitions}
-    for one in found:
+
+    def add(one: Decided) -> None:
         if one.decision == "yes":
             members[one.phenotype_id].append(one.patient_id)
+
+    yield add
     for definition in definitions:
         own = folder / definition.phenotype_id
         own.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ import math
 import shutil
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ from cluster.summary import Summary, SummaryRow
 from methods.phenotyping_config import Config
 from methods.phenotyping_decide import Decided, Origin, rule_of
 from methods.phenotyping_eval import Evaluation, evaluate
-from methods.phenotyping_out import COST_COLUMNS, write_cohort, write_groups, write_note_nlp
+from methods.phenotyping_measures import Drawn
+from methods.phenotyping_out import COST_COLUMNS, cohort, groups, note_nlp
 from methods.phenotyping_prompts import MOST_WRITTEN
-from methods.phenotyping_review import write_review
+from methods.phenotyping_review import FLAGGED, OTHER, ReviewSample, write_review
 from methods.phenotyping_scan import bucket_name, bucket_of, staged
-from methods.phenotyping_source import Source
+from methods.phenotyping_source import Labels, Source
 from protocols.policy import PolicyInfo
 
 PANELS = {
@@ -29,6 +31,13 @@ PANELS = {
 FLAGGED_ONLY = (
     "Labels are of decisions that were flagged for review: precision can be read from them, recall and F1 cannot."
 )
+OTHERS_ONLY = (
+    "Labels are of decisions that were not flagged for review, and of none that were: precision, recall and F1 cannot"
+    " be read from them."
+)
+WEIGHTED = "Labels are a sample of flagged and other decisions: each counts for as many patients as it stands for."
+NAMED = 3
+"""Phenotypes without a definition that the summary names."""
 SUMMED = (
     *("scan/notes", "scan/rejects", "patients", "snippets", "questions", "asked", "tokens", "decoded"),
     *("yes", "no", "uncertain", "no_evidence", "failed"),
@@ -65,16 +74,28 @@ def finish(
     join(folder / "decisions.jsonl", done)
     join(folder / "costs.csv", [folder / "costs" / file.name for file in done], ",".join(COST_COLUMNS) + "\n")
     join(folder / "rejects.jsonl", sorted((folder / "scan").glob("part-*.rejects.jsonl")))
-    write_note_nlp(folder / "note_nlp.csv", read_decisions(folder), origin, config.recorded)
-    write_cohort(folder / "cohort.csv", read_decisions(folder))
-    write_groups(folder / "fhir", read_decisions(folder), source.definitions, origin, config.recorded)
+    sample = ReviewSample(config.seed, {FLAGGED: config.review, OTHER: config.review_others if config.review else 0})
+    labels = labels_of(source.labels, config.steps, {int(file.stem.rpartition("-")[2]) for file in done})
+    labelled: dict[str, dict[str, Decided]] = {name: {} for name in labels}
+    with ExitStack() as outputs:
+        adds = [
+            outputs.enter_context(note_nlp(folder / "note_nlp.csv", origin, config.recorded)),
+            outputs.enter_context(cohort(folder / "cohort.csv")),
+            outputs.enter_context(groups(folder / "fhir", source.definitions, origin, config.recorded)),
+            sample.add,
+        ]
+        for one in read_decisions(folder):
+            for add in adds:
+                add(one)
+            if one.patient_id in labels.get(one.phenotype_id, ()):
+                labelled[one.phenotype_id][one.patient_id] = one
     write_atomically(folder / "audit.json", json.dumps(audit(source, origin, info), indent=1, ensure_ascii=False))
-    shown = write_review(folder / "review.html", read_decisions(folder), source.definitions, config.review)
-    evaluations = evaluated(folder, config, source, {int(file.stem.rpartition("-")[2]) for file in done})
+    shown = write_review(folder / "review.html", sample, source.definitions)
+    evaluations = evaluated(config, source, labelled, labels)
     if evaluations:
         told = json.dumps([without_nan(asdict(one)) for one in evaluations], indent=1, allow_nan=False)
         write_atomically(folder / "evaluation.json", told)
-    return summary(rows, evaluations, shown, len(done) < len(buckets))
+    return summary(rows, evaluations, shown, source.labels, partial=len(done) < len(buckets))
 
 
 def without_nan(value: Any) -> Any:
@@ -114,16 +135,25 @@ def audit(source: Source, origin: Origin, info: PolicyInfo) -> dict[str, object]
     }
 
 
-def evaluated(folder: Path, config: Config, source: Source, done: Collection[int]) -> list[Evaluation]:
-    """Each phenotype that has labels, over the patients of those buckets that were decided about."""
-    labels: dict[str, dict[str, bool | None]] = {}
-    for (patient, phenotype), label in source.labels.items():
-        if bucket_of(patient, config.steps) + 1 in done:
-            labels.setdefault(phenotype, {})[patient] = label
-    decisions: dict[str, dict[str, Decided]] = {name: {} for name in labels}
-    for one in read_decisions(folder) if labels else ():
-        if one.patient_id in labels.get(one.phenotype_id, ()):
-            decisions[one.phenotype_id][one.patient_id] = one
+def labels_of(labels: Labels, steps: int, done: Collection[int]) -> dict[str, dict[str, bool | None]]:
+    """By phenotype and patient, of those buckets that were decided about."""
+    found: dict[str, dict[str, bool | None]] = {}
+    for (patient, phenotype), label in labels.truth.items():
+        if bucket_of(patient, steps) + 1 in done:
+            found.setdefault(phenotype, {})[patient] = label
+    return found
+
+
+def evaluated(
+    config: Config,
+    source: Source,
+    decisions: Mapping[str, Mapping[str, Decided]],
+    labels: Mapping[str, Mapping[str, bool | None]],
+) -> list[Evaluation]:
+    """Each phenotype that has labels; decisions and labels by phenotype and patient."""
+    samples: dict[str, dict[str, Drawn]] = {}
+    for (patient, phenotype), drawn in source.labels.drawn.items():
+        samples.setdefault(phenotype, {})[patient] = drawn
     return [
         evaluate(
             definition,
@@ -132,7 +162,8 @@ def evaluated(folder: Path, config: Config, source: Source, done: Collection[int
             labels[definition.phenotype_id],
             source.facts,
             config.seed,
-            flagged=definition.phenotype_id in source.flagged,
+            sample=samples.get(definition.phenotype_id),
+            flagged=definition.phenotype_id in source.labels.flagged,
         )
         for definition in source.definitions
         if definition.phenotype_id in labels
@@ -169,7 +200,12 @@ def totals_of(rows: Sequence[Mapping[str, float]]) -> Counter[str]:
 
 
 def summary(
-    rows: Sequence[Mapping[str, float]], evaluations: Sequence[Evaluation], shown: int, partial: bool
+    rows: Sequence[Mapping[str, float]],
+    evaluations: Sequence[Evaluation],
+    shown: int,
+    labels: Labels,
+    *,
+    partial: bool,
 ) -> Summary:
     """The result of a run in few lines: F1 beside the baseline's where there are labels, and what it took."""
     lines = []
@@ -192,11 +228,30 @@ def summary(
     ]
     if partial:
         notes.insert(0, "Not all patients have been decided about.")
+    notes += notes_on(labels)
     if evaluations:
         if any(one.flagged for one in evaluations):
             notes.append(FLAGGED_ONLY)
         notes.append("All reducers, rules and baselines: evaluation.json.")
     return Summary(title="Phenotyping by snippets", rows=lines, notes=notes, panels=PANELS)
+
+
+def notes_on(labels: Labels) -> list[str]:
+    """What must be known of labels to read the figures."""
+    notes = []
+    if labels.left_out:
+        names = ", ".join(repr(name[:40]) for name in list(labels.left_out)[:NAMED])
+        names += ", ..." if len(labels.left_out) > NAMED else ""
+        rows = f"{labels.left_out.total():,} rows of labels"
+        notes.append(f"{rows} are of phenotypes without a definition ({names}) and were left out.")
+    strata: dict[str, set[str]] = {}
+    for (_, phenotype), drawn in labels.drawn.items():
+        strata.setdefault(phenotype, set()).add(drawn.stratum)
+    if {FLAGGED, OTHER} in strata.values():
+        notes.append(WEIGHTED)
+    if {OTHER} in strata.values():
+        notes.append(OTHERS_ONLY)
+    return notes
 
 
 def number(value: float) -> str:

@@ -3,10 +3,12 @@
 import csv
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from pydantic import ValidationError
@@ -17,9 +19,11 @@ from cluster.seeds import derive_seed
 from methods.phenotyping_config import LABEL_FIELDS, Config
 from methods.phenotyping_definition import Definition, read_definitions
 from methods.phenotyping_evidence import evidence_of
+from methods.phenotyping_measures import Drawn
 from methods.phenotyping_mentions import mention_base, read_mentions, unrelated
 from methods.phenotyping_notes import Note, plain, suffix_of
 from methods.phenotyping_prompts import messages_of
+from methods.phenotyping_review import FLAGGED, OTHER
 from methods.phenotyping_rules import Fact, Rule
 from methods.phenotyping_scan import Scan, scanned
 from methods.worlds import wards
@@ -27,12 +31,34 @@ from methods.worlds.documents import read_lines
 from protocols.errors import BadInput, describe_validation_error
 from protocols.retriever import RetrieverService
 
-Labels = dict[tuple[str, str], bool | None]
-"""Of patient and phenotype; None where nobody can say."""
-FLAGGED = "flagged"
-"""In the column `sampled` of labels: of a decision that was flagged for review, as the review page exports them."""
+Key = tuple[str, str]
+"""Patient and phenotype."""
 CODE, DRUG = "Z01.7", "veltomab"
 """Of the invented diseases."""
+
+
+@dataclass
+class Labels:
+    """What is known of patients."""
+
+    truth: dict[Key, bool | None] = field(default_factory=dict)
+    """None where nobody can say."""
+    drawn: dict[Key, Drawn] = field(default_factory=dict)
+    """How they were chosen, of labels that say yes or no and are of a sample per stratum."""
+    flagged: frozenset[str] = frozenset()
+    """Phenotypes with a label whose patient was chosen for the decision, one that was flagged for review, and without
+    weighted labels of the other decisions."""
+    left_out: Counter[str] = field(default_factory=Counter)
+    """Rows of phenotypes without a definition."""
+
+
+class Sampled(NamedTuple):
+    """How a row of labels says that it was chosen."""
+
+    place: str
+    stratum: str
+    of: float | None
+    """Decisions of the stratum; None where it is not told."""
 
 
 @dataclass
@@ -43,11 +69,9 @@ class Source:
     definitions: list[Definition]
     model: str
     """Folder or name of the policy's model."""
-    facts: dict[str, list[Fact]] = field(default_factory=dict)
-    """By patient."""
-    labels: Labels = field(default_factory=dict)
-    flagged: frozenset[str] = frozenset()
-    """Phenotypes with a label whose patient was chosen for the decision: one that was flagged for review."""
+    facts: dict[str, list[Fact]] | None = None
+    """Of patients with a label, by patient; None where there are none of anybody."""
+    labels: Labels = field(default_factory=Labels)
 
 
 async def source_of(cluster: Cluster, config: Config, retriever: RetrieverService) -> Source:
@@ -65,8 +89,9 @@ async def source_of(cluster: Cluster, config: Config, retriever: RetrieverServic
             config.mention_steps,
             config.mention_rate,
         )
-    labels, flagged = read_labels(config, definitions)
-    return Source(config.notes, definitions, model, read_facts(config.facts), labels, flagged)
+    labels = read_labels(config, definitions)
+    facts = read_facts(config.facts, {patient for patient, _ in labels.truth})
+    return Source(config.notes, definitions, model, facts, labels)
 
 
 async def drawn(cluster: Cluster, config: Config, retriever: RetrieverService) -> Source:
@@ -78,11 +103,11 @@ async def drawn(cluster: Cluster, config: Config, retriever: RetrieverService) -
     )
     name = f"wards-notes-{hashlib.sha256(told.encode()).hexdigest()[:12]}"
     file = cluster.directory.path.parent / "bases" / name / "notes.jsonl"
-    labels: Labels = {}
+    labels = Labels()
     facts: dict[str, list[Fact]] = {}
     lines = []
     for patient in wards.patients_of(config.wards, disease, config.seed):
-        labels[patient.id, definition.phenotype_id] = patient.ill
+        labels.truth[patient.id, definition.phenotype_id] = patient.ill
         facts[patient.id] = [
             *([Fact(patient_id=patient.id, kind="code", code=CODE)] if patient.code else []),
             *([Fact(patient_id=patient.id, kind="drug", code=DRUG)] if patient.drug else []),
@@ -171,9 +196,10 @@ def rows_of(path: str, what: str) -> Iterator[tuple[str, dict[str, Any]]]:
             yield f"{path}:{number}", value
 
 
-def read_facts(paths: list[str]) -> dict[str, list[Fact]]:
-    """Facts by patient."""
+def read_facts(paths: list[str], patients: Collection[str]) -> dict[str, list[Fact]] | None:
+    """Facts of these patients, by patient; None where nobody has any. All rows are checked."""
     found: dict[str, list[Fact]] = {}
+    some = False
     for path in paths:
         for place, row in rows_of(path, "facts"):
             try:
@@ -182,31 +208,87 @@ def read_facts(paths: list[str]) -> dict[str, list[Fact]]:
                 raise BadInput(f"facts: {place}: {describe_validation_error(error)}") from error
             if not one.patient_id.strip():
                 raise BadInput(f"facts: {place}: patient_id: missing")
-            found.setdefault(one.patient_id, []).append(one)
-    return found
+            some = True
+            if one.patient_id in patients:
+                found.setdefault(one.patient_id, []).append(one)
+    return found if some else None
 
 
-def read_labels(config: Config, definitions: Sequence[Definition]) -> tuple[Labels, frozenset[str]]:
-    """The truth as far as it is known, and phenotypes with a label of a decision that was flagged for review."""
-    found: Labels = {}
-    flagged: set[str] = set()
+def read_labels(config: Config, definitions: Sequence[Definition]) -> Labels:
+    """The labels of these phenotypes. Raises BadInput that names line and column, and if none is of one of them."""
+    truth: dict[Key, bool | None] = {}
+    sampled: dict[Key, Sampled] = {}
+    left_out: Counter[str] = Counter()
     ids = [one.phenotype_id for one in definitions]
     names = {name: config.label_columns.get(name, name) for name in LABEL_FIELDS}
-    held = False
+    held, strange = False, ""
     for place, row in rows_of(config.labels, "labels") if config.labels else ():
         key = (cell(row, names["patient_id"], place), cell(row, names["phenotype"], place).strip())
         if key[1] not in ids:
             told = f"got {key[1][:40]!r}, expected one of {', '.join(ids)}"
-            raise BadInput(f"labels: {place}: {names['phenotype']}: {told}")
-        if key in found:
+            strange = strange or f"labels: {place}: {names['phenotype']}: {told}"
+            left_out[key[1]] += 1
+            continue
+        if key in truth:
             raise BadInput(f"labels: {place}: a patient occurs twice with phenotype {key[1]!r}")
-        found[key] = truth_of(row, names["label"], place)
+        truth[key] = truth_of(row, names["label"], place)
         held = held or names["label"] in row
-        if plain(row.get("sampled")).strip() == FLAGGED:
-            flagged.add(key[1])
-    if found and not held:
+        sampled[key] = sampled_of(row, place)
+    if strange and not truth:
+        raise BadInput(strange)
+    if truth and not held:
         raise BadInput(f"labels: {config.labels} has no column {names['label']}; name it by label_columns.label=")
-    return found, frozenset(flagged)
+    drawn = weighted(sampled, {key for key, label in truth.items() if label is not None})
+    flagged = {phenotype for (_, phenotype), one in sampled.items() if one.stratum == FLAGGED}
+    flagged -= {phenotype for (_, phenotype), one in drawn.items() if one.stratum == OTHER}
+    return Labels(truth, drawn, frozenset(flagged), left_out)
+
+
+def sampled_of(row: Mapping[str, Any], place: str) -> Sampled:
+    """The columns `sampled` and `of`; without both nothing is weighted."""
+    stratum, told = plain(row.get("sampled")).strip(), plain(row.get("of")).strip()
+    if "sampled" not in row or not told:
+        return Sampled(place, stratum, None)
+    if stratum not in (FLAGGED, OTHER):
+        raise BadInput(
+            f"labels: {place}: sampled: got {stratum[:40]!r}, expected {FLAGGED} or {OTHER}, as `of` is told"
+        )
+    try:
+        size = float(told)
+    except ValueError:
+        size = math.nan
+    if not 0 < size < math.inf:
+        raise BadInput(f"labels: {place}: of: got {told[:40]!r}, expected how many decisions there are, above 0")
+    return Sampled(place, stratum, size)
+
+
+def weighted(rows: Mapping[Key, Sampled], known: Collection[Key]) -> dict[Key, Drawn]:
+    """How many patients each of the known labels stands for: the size of its stratum, which is one of a phenotype,
+    over its known labels (specification 2.9). Raises BadInput if a stratum has two sizes or more rows than it says,
+    or only some rows of a phenotype tell one."""
+    sizes: dict[tuple[str, str], tuple[float, str]] = {}
+    without: dict[str, str] = {}
+    seen: Counter[tuple[str, str]] = Counter()
+    for (_, phenotype), (place, stratum, size) in rows.items():
+        if size is None:
+            without.setdefault(phenotype, place)
+            continue
+        first, where = sizes.setdefault((phenotype, stratum), (size, place))
+        if size != first:
+            raise BadInput(f"labels: {place}: of: got {plain(size)}, expected {plain(first)} as in {where}")
+        seen[phenotype, stratum] += 1
+        if seen[phenotype, stratum] > size:
+            told = f"got {plain(size)}, expected no less than the {seen[phenotype, stratum]} labels up to here"
+            raise BadInput(f"labels: {place}: of: {told}")
+    for phenotype, _ in sizes:
+        if phenotype in without:
+            raise BadInput(f"labels: {without[phenotype]}: of: missing; other labels of {phenotype!r} have it")
+    labels = Counter((key[1], rows[key].stratum) for key in known)
+    return {
+        key: Drawn(one.stratum, one.of / labels[key[1], one.stratum])
+        for key, one in rows.items()
+        if one.of is not None and key in known
+    }
 
 
 def truth_of(row: Mapping[str, Any], name: str, place: str) -> bool | None:

@@ -1,15 +1,19 @@
 """Worked numbers of the phenotyping specification (section 5), and what must hold of any numbers."""
 
 import math
+import random
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from methods import phenotyping_measures
 from methods.phenotyping_measures import (
     Counts,
+    Drawn,
     average_precision,
     best_threshold,
     binomial_p,
@@ -18,6 +22,7 @@ from methods.phenotyping_measures import (
     calibration_error,
     counts,
     cross_fitted,
+    f1_draws,
     mcnemar,
 )
 from methods.phenotyping_reduce import ReduceConfig, Reducer, decide, patient_score
@@ -108,6 +113,66 @@ def test_bootstrap_intervals() -> None:
     low, high = bootstrap_gain(truth, good, bad, seed=1)
     assert 0 < low < 0.4 < high
     assert bootstrap_gain(truth, good, good, seed=1) == (0.0, 0.0)
+
+
+def systems(size: int = 97) -> tuple[list[bool], list[bool], list[bool]]:
+    """A truth, and two systems that are often right."""
+    rng = random.Random(7)
+    truth = [rng.random() < 0.3 for _ in range(size)]
+    return truth, [t != (rng.random() < 0.2) for t in truth], [t != (rng.random() < 0.35) for t in truth]
+
+
+def test_intervals_stay_what_they_were() -> None:
+    # Written down before draws were made some at a time; docs quote such intervals.
+    truth, one, other = systems()
+    assert bootstrap_f1(truth, one, seed=3) == (0.49230769230769234, 0.7605633802816901)
+    assert bootstrap_gain(truth, one, other, seed=4, draws=333) == (-0.17523566610841138, 0.14945209197719958)
+    assert bootstrap_f1(truth, one, seed=3, sample=[Drawn()] * 97) == (0.49230769230769234, 0.7605633802816901)
+
+
+@pytest.mark.parametrize("at_once", [1, 97, 200, 97 * 1000])
+def test_draws_do_not_depend_on_how_many_are_made_at_once(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    truth, one, other = systems()
+    sample = [Drawn("flagged", 4.0) if found else Drawn("other", 48.5) for found in one]
+    whole = [f1_draws(truth, [one, other], seed=5, draws=101, sample=how) for how in (None, sample)]
+    monkeypatch.setattr(phenotyping_measures, "AT_ONCE", at_once)
+    for before, how in zip(whole, (None, sample), strict=True):
+        assert np.array_equal(f1_draws(truth, [one, other], seed=5, draws=101, sample=how), before)
+
+
+def test_the_bootstrap_draws_within_strata_and_keeps_weights() -> None:
+    # All of a stratum are alike, so each draw is the sample itself.
+    truth, found = [True] * 30 + [True] * 20, [True] * 30 + [False] * 20
+    sample = [Drawn("flagged", 4.0)] * 30 + [Drawn("other", 48.0)] * 20
+    f1 = counts(truth, found, [one.weight for one in sample]).f1
+    assert f1 == 2 * 120 / (2 * 120 + 960)
+    assert bootstrap_f1(truth, found, seed=0, sample=sample) == (f1, f1)
+    low, high = bootstrap_f1(truth, found, seed=0, sample=[Drawn("", one.weight) for one in sample])
+    assert low < f1 < high
+
+
+WEIGHTED = st.lists(
+    st.tuples(st.booleans(), st.sampled_from([0.0, 0.1, 0.35, 0.5, 0.9, 1.0]), st.integers(1, 4)),
+    min_size=1,
+    max_size=20,
+)
+
+
+@given(WEIGHTED)
+def test_a_weight_is_as_many_patients(rows: list[tuple[bool, float, int]]) -> None:
+    truth, scores, weights = map(list, zip(*rows, strict=True))
+    whole = [(ill, score) for ill, score, n in rows for _ in range(n)]
+    all_truth, all_scores = map(list, zip(*whole, strict=True))
+    found, all_found = [score >= 0.5 for score in scores], [score >= 0.5 for score in all_scores]
+    assert counts(truth, found, weights) == counts(all_truth, all_found)
+    for measure in (calibration_error, average_precision):
+        assert measure(truth, scores, weights) == pytest.approx(measure(all_truth, all_scores), nan_ok=True)
+    if any(truth):
+        assert best_threshold(truth, scores, weights) == best_threshold(all_truth, all_scores)
+        # In two folds, of which the other one has an ill patient.
+        folds, all_folds = [0] * len(rows) + [1] * len(rows), [0] * len(whole) + [1] * len(whole)
+        _, chosen = cross_fitted(truth * 2, scores * 2, folds, weights * 2)
+        assert chosen == cross_fitted(all_truth * 2, all_scores * 2, all_folds)[1]
 
 
 def test_a_threshold_is_chosen_on_other_patients() -> None:

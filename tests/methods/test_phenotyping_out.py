@@ -2,6 +2,8 @@
 
 import csv
 import json
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 from launch import main
 from methods.phenotyping_decide import Cited, Decided, Origin, Place
 from methods.phenotyping_definition import Definition
-from methods.phenotyping_out import COHORT_COLUMNS, NLP_COLUMNS, write_cohort, write_groups, write_note_nlp
+from methods.phenotyping_out import COHORT_COLUMNS, NLP_COLUMNS, Add, cohort, groups, note_nlp
 from methods.phenotyping_prompts import PromptConfig
 from tests.methods.phenotyping_toys import VELTO, Run, note, reader, runner
 
@@ -32,6 +34,12 @@ def decision(patient: str, said: str, *evidence: Cited, definition: Definition =
     )  # type: ignore[arg-type]  # fmt: skip
 
 
+def write(output: AbstractContextManager[Add], found: Iterable[Decided]) -> None:
+    with output as add:
+        for one in found:
+            add(one)
+
+
 def rows_of(file: Path) -> list[list[str]]:
     with open(file, encoding="utf-8", newline="") as stream:
         return list(csv.reader(stream))
@@ -50,7 +58,7 @@ def test_the_cohort_is_who_has_it_from_first_to_last(tmp_path: Path) -> None:
         decision("u", "no_evidence"),
         decision("p,1", "yes", cited("2020-01-01"), definition=KO),
     ]
-    write_cohort(tmp_path / "cohort.csv", iter(found))
+    write(cohort(tmp_path / "cohort.csv"), found)
     assert rows_of(tmp_path / "cohort.csv") == [
         list(COHORT_COLUMNS),
         ["vx", "p", "2019-12-31", "2020-03-01"],
@@ -68,7 +76,7 @@ def test_a_row_per_match_and_one_per_copy_without_its_text(tmp_path: Path) -> No
     two = {"start": 4, "end": 23, "quote": text[4:23], "matches": [(13, 14), (22, 23)]}
     own = cited(day, also_in=[copy], status="history", evidence=(5, 10), **two)
     found = [decision("p", "yes", own, cited("", "no", p=0.25))]
-    write_note_nlp(tmp_path / "nlp.csv", iter(found), ORIGIN, "2024-05-01T12:00:00Z")
+    write(note_nlp(tmp_path / "nlp.csv", ORIGIN, "2024-05-01T12:00:00Z"), found)
     head, *rows = rows_of(tmp_path / "nlp.csv")
     assert tuple(head) == NLP_COLUMNS
     system = f"repertory phenotyping model0 {ORIGIN.prompt.digest}"
@@ -83,7 +91,7 @@ def test_a_row_per_match_and_one_per_copy_without_its_text(tmp_path: Path) -> No
     for row in map(dict, (zip(head, row, strict=True) for row in rows[:2])):
         offset = int(row["offset"])
         assert text[offset : offset + len(row["lexical_variant"])] == row["lexical_variant"]
-    write_note_nlp(tmp_path / "nlp.csv", iter(found), ORIGIN, "")
+    write(note_nlp(tmp_path / "nlp.csv", ORIGIN, ""), found)
     assert {(row[8], row[9]) for row in rows_of(tmp_path / "nlp.csv")[1:]} == {("", "")}
 
 
@@ -97,7 +105,7 @@ def test_a_group_and_its_provenance_per_phenotype(tmp_path: Path) -> None:
         decision("e", "failed"),
         decision("c", "no", definition=KO),
     ]
-    write_groups(tmp_path, iter(found), [VX, KO], ORIGIN, "")
+    write(groups(tmp_path, [VX, KO], ORIGIN, ""), found)
     files = sorted(str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*.*"))
     assert files == ["K_o/group.json", "K_o/provenance.json", "vx/group.json", "vx/provenance.json"]
     group = json.loads((tmp_path / "vx" / "group.json").read_text())
@@ -126,14 +134,33 @@ def test_a_group_and_its_provenance_per_phenotype(tmp_path: Path) -> None:
     empty = json.loads((tmp_path / "K_o" / "group.json").read_text())
     assert empty["quantity"] == 0 and "member" not in empty and empty["id"] != name
     told = [file.read_bytes() for file in sorted(tmp_path.rglob("*.json"))]
-    write_groups(tmp_path, reversed(found), [KO, VX], ORIGIN, "")
+    write(groups(tmp_path, [KO, VX], ORIGIN, ""), reversed(found))
     assert [file.read_bytes() for file in sorted(tmp_path.rglob("*.json"))] == told
-    write_groups(tmp_path, iter(found), [VX], ORIGIN, "2024-05-01T12:00:00Z")
+    write(groups(tmp_path, [VX], ORIGIN, "2024-05-01T12:00:00Z"), found[:5])
     made = json.loads((tmp_path / "vx" / "provenance.json").read_text())
     assert made["recorded"] == "2024-05-01T12:00:00Z" and "_recorded" not in made
     other = Origin("model1", ORIGIN.prompt, "run0")
-    write_groups(tmp_path, iter(found), [VX], other, "")
+    write(groups(tmp_path, [VX], other, ""), found[:5])
     assert json.loads((tmp_path / "vx" / "group.json").read_text())["id"] != name
+
+
+def test_outputs_of_a_pass_that_fails_stay_what_they_were(tmp_path: Path) -> None:
+    write(cohort(tmp_path / "cohort.csv"), [decision("p", "yes", cited("2020-01-01"))])
+    before = (tmp_path / "cohort.csv").read_bytes()
+
+    def failing() -> Iterator[Decided]:
+        yield decision("q", "yes", cited("2020-01-01"))
+        raise OSError("disk")
+
+    for output in (
+        cohort(tmp_path / "cohort.csv"),
+        note_nlp(tmp_path / "nlp.csv", ORIGIN, ""),
+        groups(tmp_path / "fhir", [VX], ORIGIN, ""),
+    ):
+        with pytest.raises(OSError, match="disk"):
+            write(output, failing())
+    assert (tmp_path / "cohort.csv").read_bytes() == before
+    assert not (tmp_path / "nlp.csv").exists() and not (tmp_path / "fhir").exists()
 
 
 @pytest.fixture
