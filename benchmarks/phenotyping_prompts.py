@@ -26,7 +26,7 @@ from methods.worlds import wards
 PATIENTS, CONTEXT = 100, 512
 VARIANTS = ("plain", "not_counting", "examples", "reasoning")
 STUFFED = ["window.characters=100000", "window.max_characters=100000"]
-SYSTEMS = ("MapReduce, max", "MapReduce, log_odds", "max, threshold of other patients")
+SYSTEMS = ("MapReduce, max", "MapReduce, log_odds", "MapReduce, max, threshold of other patients")
 
 
 def files(folder: Path, seed: int, room: "Room | None") -> list[str]:
