@@ -132,7 +132,15 @@ def main() -> None:
         whole = files(runs / f"charts-{seed}", seed, Room(model, seed))
         for arm, folders in arms.items():
             words = [*whole, *STUFFED] if arm == "stuffing" else [*apart, f"prompt.variant={arm}"]
-            own = [f"policy.model={model}", "policy.threads=1", "steps=4", "reduce.by=max", f"seed={seed}", *words]
+            own = [
+                f"policy.model={model}",
+                "policy.threads=1",
+                "prompt.reasoning_tokens=32",
+                "steps=4",
+                "reduce.by=max",
+                f"seed={seed}",
+                *words,
+            ]
             folders.append(run(f"{arm}-{seed}", own, runs))
     values = {"arms": shown(arms), "gains": gains(arms, options.seeds)}
     (runs / "prompts.json").write_text(json.dumps(values, indent=1))
