@@ -5,6 +5,7 @@ decision per patient (reduce). No labels are needed. Little of the paper could b
 our design is in docs/methods/phenotyping.md.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from methods.phenotyping_config import Config, preset
 from methods.phenotyping_cost import cost_of, note_down, plan_of
 from methods.phenotyping_decide import Decided, Origin, cases_of, decided
 from methods.phenotyping_definition import Definition
+from methods.phenotyping_deidentify import stage_of
 from methods.phenotyping_input import check_input, id_of, input_of, keep_input
 from methods.phenotyping_llm import check_reads, read_verdicts
 from methods.phenotyping_notes import Part, check_tables, parts_of
@@ -52,6 +54,7 @@ async def run(cluster: Cluster, config: Config) -> None:
     await retriever.snippets(SnippetsRequest(sets=sets, window=config.window))
     parts = parts_of(source.notes, config.part_bytes)
     check_tables(parts, config.columns, config.encoding)
+    digests = dict(stage_of(config.deidentify).digests) if config.deidentify else {}
     policy = await cluster.policy(config.policy.model_copy(update={"model": source.model}))
     info = await policy.info(Empty())
     asker = await make_asker(
@@ -63,11 +66,17 @@ async def run(cluster: Cluster, config: Config) -> None:
         structured=config.policy.sampler.engine == "vllm",
     )
     folder = cluster.directory.path
-    origin = Origin(model_digest(source.model), config.prompt, folder.name)
-    begun = input_of(parts, source.definitions, origin.model)
+    origin = Origin(model_digest(source.model), config.prompt, folder.name, digests)
+    begun = input_of(parts, source.definitions, origin)
     check_input(folder, begun)
     scan = Scan(
-        sets=sets, window=config.window, columns=config.columns, encoding=config.encoding, folder=f"{folder}/scan"
+        sets=sets,
+        window=config.window,
+        columns=config.columns,
+        encoding=config.encoding,
+        deidentify=config.deidentify,
+        digests=digests,
+        folder=f"{folder}/scan",
     )
     state = State()
     stores: list[AnswerStore] = []
@@ -108,7 +117,11 @@ async def read_notes(
         done += 1
         step.activity(f"notes: part {done} of {len(parts)}")
     counts = [PartCounts.model_validate_json(counts_file(folder, part.index).read_text()) for part in parts]
-    return {f"scan/{name}": float(sum(getattr(one, name) for one in counts)) for name in PartCounts.model_fields}
+    names = ("notes", "rejects", "characters", "snippets")
+    replaced = sum((Counter(one.replaced) for one in counts), Counter[str]())
+    return {f"scan/{name}": float(sum(getattr(one, name) for one in counts)) for name in names} | {
+        f"scan/replaced/{kind}": float(number) for kind, number in replaced.items()
+    }
 
 
 async def decide_bucket(

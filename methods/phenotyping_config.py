@@ -10,6 +10,7 @@ import yaml
 from pydantic import Field, field_validator, model_validator
 
 from cluster.config import MethodConfig, merged
+from methods.phenotyping_deidentify import DeidentifyConfig
 from methods.phenotyping_evidence import EvidenceConfig
 from methods.phenotyping_notes import FIELDS
 from methods.phenotyping_prompts import PromptConfig
@@ -72,6 +73,8 @@ class Config(MethodConfig):
     """Names of columns where they are others, such as columns.patient_id=mrn."""
     encoding: str = "utf-8"
     """Of lines and tables."""
+    deidentify: DeidentifyConfig | None = None
+    """Take identifiers out of the notes before anything is cut from them, e.g. deidentify.secret=FILE; null: no."""
     part_bytes: int = Field(default=32 << 20, ge=1)
     """Files are read in parts of about this size, each of which is read again if the run is killed in it."""
     parallel: int = Field(default=1, ge=1)

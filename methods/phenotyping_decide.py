@@ -31,7 +31,8 @@ class Place(Message):
 
 
 class Cited(Message):
-    """One snippet that a decision rests on: `note.text[start:end] == quote`."""
+    """One snippet that a decision rests on: `note.text[start:end] == quote`; of a note that is de-identified that is
+    the text after it."""
 
     note_id: str
     """The note, the earliest that has it."""
@@ -60,7 +61,7 @@ class Cited(Message):
     also_in: list[Place] = []
     """Copies, in later notes or elsewhere in the same one."""
     raw: tuple[int, int] | None = None
-    """Of a note in HTML: its place in the raw document."""
+    """Its place in the raw document, where that may be another: of a note in HTML, and of a de-identified one."""
     note_digest: str = ""
     """Of the note's text, set where another text has the same id."""
 
@@ -139,6 +140,8 @@ class Origin:
     model: str
     prompt: PromptConfig
     run: str
+    deidentified: Mapping[str, str] = field(default_factory=dict)
+    """Digests of what notes are de-identified with; empty: they are not."""
 
 
 def cases_of(

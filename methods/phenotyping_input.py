@@ -8,6 +8,7 @@ from typing import Any
 from uuid import uuid4
 
 from cluster.run_directory import write_atomically
+from methods.phenotyping_decide import Origin
 from methods.phenotyping_definition import Definition
 from methods.phenotyping_notes import Part
 from protocols.errors import BadInput
@@ -15,13 +16,14 @@ from protocols.errors import BadInput
 FILE = "input.json"
 
 
-def input_of(parts: Sequence[Part], definitions: Sequence[Definition], model: str) -> dict[str, dict[str, Any]]:
+def input_of(parts: Sequence[Part], definitions: Sequence[Definition], origin: Origin) -> dict[str, dict[str, Any]]:
     """Size and time of the files, digests of all else."""
     files = {part.file: os.stat(part.file) for part in parts}
     return {
         "notes": {name: [one.st_size, one.st_mtime_ns] for name, one in files.items()},
         "definitions": {one.phenotype_id: one.digest for one in definitions},
-        "policy.model": {model: True},
+        "policy.model": {origin.model: True},
+        "deidentify": dict(origin.deidentified),
     }
 
 
@@ -31,9 +33,9 @@ def check_input(folder: Path, now: Mapping[str, Mapping[str, Any]]) -> None:
         return
     before = json.loads((folder / FILE).read_text(encoding="utf-8"))
     for what, values in now.items():
-        changed = sorted(
-            name for name in before[what].keys() | values.keys() if before[what].get(name) != values.get(name)
-        )
+        # Runs from before there was such a part of the input had none of it.
+        old = before.get(what, {})
+        changed = [name for name in dict.fromkeys([*old, *values]) if old.get(name) != values.get(name)]
         if changed:
             raise BadInput(f"{what}: {changed[0]} has changed since the run began; choose another run=")
 

@@ -78,7 +78,8 @@ class Note:
     replaces: tuple[str, ...] = ()
     """Ids of notes that it is a newer version of."""
     raw_places: tuple[tuple[int, int, int], ...] = ()
-    """Of HTML: as `text_of_html` gives them; empty: places are the same in the raw document."""
+    """Of each piece where it begins in the text and in the raw document, and where it ends there if it stands for
+    something else, or 0: of HTML and of de-identified text; empty: places are the same in the raw document."""
 
     @property
     def digest(self) -> str:
@@ -197,22 +198,25 @@ def row_groups(file: Path, size: int) -> Iterator[tuple[int, int, int]]:
             start, row, rows, bytes_ = group + 1, row + rows, 0, 0
 
 
-def read_part(part: Part, columns: Mapping[str, str], encoding: str = "utf-8") -> Iterator[Note | Reject]:
+def read_part(
+    part: Part, columns: Mapping[str, str], encoding: str = "utf-8", *, show: bool = True
+) -> Iterator[Note | Reject]:
     """Notes and rejects in the order of the rows. A note without text is both: its patient is known; so is one whose
     date cannot be read. Of a broken archive the rows before the damage are read, and it becomes one reject.
 
-    `columns`: names of columns by our names. Raises BadInput where a table lacks a column.
+    `columns`: names of columns by our names. `show`: whether reasons may tell what stood there. Raises BadInput where
+    a table lacks a column.
     """
     readers = {"rows": read_lines, "csv": read_csv, "parquet": read_parquet, "fhir": read_bundle, "text": read_text}
     try:
         for place, row in readers[part.format](part, columns, encoding):
-            yield from told(f"{part.file}{place}", row)
+            yield from told(f"{part.file}{place}", row, show=show)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         # What stands in brackets are the first bytes.
         yield Reject(part.file, f"a broken archive: {str(error).partition(' (')[0]}")
 
 
-def told(where: str, row: "Note | BadRow") -> Iterator[Note | Reject]:
+def told(where: str, row: "Note | BadRow", *, show: bool) -> Iterator[Note | Reject]:
     """A row with what is wrong with it."""
     if isinstance(row, BadRow):
         yield Reject(where, str(row), row.note_id, row.patient_id)
@@ -221,7 +225,8 @@ def told(where: str, row: "Note | BadRow") -> Iterator[Note | Reject]:
         yield Reject(where, "text: empty", row.note_id, row.patient_id)
     day = iso_date(row.date)
     if day is None:
-        reason = f"date: got {row.date[:40]!r}, expected YYYY-MM-DD; the note is read without it"
+        got = f"got {row.date[:40]!r}, " if show else ""
+        reason = f"date: {got}expected YYYY-MM-DD; the note is read without it"
         yield Reject(where, reason, row.note_id, row.patient_id)
     yield row if day == row.date else replace(row, date=day or "")
 

@@ -38,6 +38,7 @@ OTHERS_ONLY = (
 WEIGHTED = "Labels are a sample of flagged and other decisions: each counts for as many patients as it stands for."
 NAMED = 3
 """Phenotypes without a definition that the summary names."""
+REPLACED = "scan/replaced/"
 SUMMED = (
     *("scan/notes", "scan/rejects", "patients", "snippets", "questions", "asked", "tokens", "decoded"),
     *("yes", "no", "uncertain", "no_evidence", "failed"),
@@ -132,6 +133,7 @@ def audit(source: Source, origin: Origin, info: PolicyInfo) -> dict[str, object]
         "prompt": {"digest": origin.prompt.digest, **origin.prompt.model_dump(mode="json")},
         "definitions": [{"digest": one.digest, **one.model_dump(mode="json")} for one in source.definitions],
         "notes": source.notes,
+        "deidentified": dict(origin.deidentified),
     }
 
 
@@ -226,6 +228,8 @@ def summary(
         f" {t['failed']} failed (decisions.jsonl, note_nlp.csv, cohort.csv, fhir).",
         f"review.html shows {shown} of them.",
     ]
+    if replaced := [f"{kind} {n:,}" for name, n in totals.items() if (kind := name.removeprefix(REPLACED)) != name]:
+        notes.append(f"Identifiers replaced: {', '.join(replaced)}; names that stand in no table remain.")
     if partial:
         notes.insert(0, "Not all patients have been decided about.")
     notes += notes_on(labels)

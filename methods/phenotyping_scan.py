@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from cluster.run_directory import write_atomically
+from methods.phenotyping_deidentify import DeidentifyConfig, deidentified, kept_stage
 from methods.phenotyping_fhir import raw_place
 from methods.phenotyping_notes import Note, Part, Reject, read_part
 from protocols.errors import Corrupt
@@ -43,7 +45,7 @@ class Finding(Message):
     section: str = ""
     """Header above it."""
     raw: tuple[int, int] | None = None
-    """Of notes in HTML: its place in the raw document."""
+    """Its place in the raw document, where that may be another: of notes in HTML, and of de-identified ones."""
 
 
 class Scanned(Message):
@@ -69,6 +71,8 @@ class PartCounts(Message):
     rejects: int = 0
     characters: int = 0
     snippets: int = 0
+    replaced: dict[str, int] = {}
+    """Identifiers by kind, of notes that are de-identified."""
 
 
 class Scan(Message):
@@ -82,6 +86,10 @@ class Scan(Message):
     """Names of columns by ours."""
     encoding: str = "utf-8"
     """Of lines and tables."""
+    deidentify: DeidentifyConfig | None = None
+    """What identifiers are taken out with."""
+    digests: dict[str, str] = {}
+    """Of its secret and names, as the run began."""
     folder: str
     """Where results go."""
 
@@ -96,10 +104,11 @@ async def scan_part(retriever: RetrieverService, scan: Scan, part: Part) -> Part
     it says."""
     folder = Path(scan.folder)
     notes = folder / f"part-{part.index:06d}.jsonl"
-    totals = dict.fromkeys(PartCounts.model_fields, 0)
+    totals = dict.fromkeys(("notes", "characters", "snippets"), 0)
+    replaced: Counter[str] = Counter()
     rejects: list[str] = []
     with open(staged(notes), "w", encoding="utf-8") as lines:
-        for batch in batches(part, scan, rejects):
+        for batch in batches(part, scan, rejects, replaced):
             for one in await scanned(retriever, scan, batch):
                 lines.write(one.model_dump_json(exclude_defaults=True) + "\n")
                 totals["snippets"] += len(one.findings)
@@ -109,7 +118,7 @@ async def scan_part(retriever: RetrieverService, scan: Scan, part: Part) -> Part
         os.fsync(lines.fileno())
     write_atomically(folder / f"part-{part.index:06d}.rejects.jsonl", "".join(rejects))
     os.replace(staged(notes), notes)
-    found = PartCounts.model_validate(totals | {"rejects": len(rejects)})
+    found = PartCounts(**totals, rejects=len(rejects), replaced=dict(sorted(replaced.items())))
     write_atomically(counts_file(folder, part.index), found.model_dump_json())
     return found
 
@@ -119,15 +128,17 @@ def staged(file: Path) -> Path:
     return file.with_name(f".{file.name}.tmp")
 
 
-def batches(part: Part, scan: Scan, rejects: list[str]) -> Iterator[list[Note]]:
-    """Notes of a part, some at a time; what cannot be read is added to `rejects`, as lines."""
+def batches(part: Part, scan: Scan, rejects: list[str], replaced: Counter[str]) -> Iterator[list[Note]]:
+    """Notes of a part, some at a time; what cannot be read is added to `rejects`, as lines, and identifiers that are
+    taken out are counted."""
+    stage = kept_stage(scan.deidentify, scan.digests) if scan.deidentify else None
     batch: list[Note] = []
     characters = 0
-    for one in read_part(part, scan.columns, scan.encoding):
+    for one in read_part(part, scan.columns, scan.encoding, show=stage is None):
         if isinstance(one, Reject):
             rejects.append(json.dumps(vars(one), ensure_ascii=False) + "\n")
             continue
-        batch.append(one)
+        batch.append(deidentified(one, stage, replaced) if stage else one)
         characters += len(one.text)
         if len(batch) == NOTES_PER_CALL or characters >= CHARACTERS_PER_CALL:
             yield batch

@@ -1,11 +1,10 @@
 """Where a run's notes, definitions, facts and labels come from, and which policy answers."""
 
-import csv
 import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,13 +20,13 @@ from methods.phenotyping_definition import Definition, read_definitions
 from methods.phenotyping_evidence import evidence_of
 from methods.phenotyping_measures import Drawn
 from methods.phenotyping_mentions import mention_base, read_mentions, unrelated
-from methods.phenotyping_notes import Note, plain, suffix_of
+from methods.phenotyping_notes import Note, plain
 from methods.phenotyping_prompts import messages_of
 from methods.phenotyping_review import FLAGGED, OTHER
 from methods.phenotyping_rules import Fact, Rule
 from methods.phenotyping_scan import Scan, scanned
+from methods.phenotyping_tables import rows_of
 from methods.worlds import wards
-from methods.worlds.documents import read_lines
 from protocols.errors import BadInput, describe_validation_error
 from protocols.retriever import RetrieverService
 
@@ -175,25 +174,6 @@ def model_digest(model: str) -> str:
         with open(file, "rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()[:16]
-
-
-def rows_of(path: str, what: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows of .jsonl or .csv, perhaps with .gz, with their places. Raises BadInput, which shows no row."""
-    lines = read_lines(Path(path).expanduser(), what)
-    if suffix_of(Path(path)) == ".csv":
-        reader = csv.DictReader(lines)
-        for row in reader:
-            yield f"{path}:{reader.line_num}", row
-        return
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                value = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise BadInput(f"{what}: {path}:{number}: neither a row of JSON nor, by its name, of CSV") from error
-            if not isinstance(value, dict):
-                raise BadInput(f"{what}: {path}:{number}: expected an object")
-            yield f"{path}:{number}", value
 
 
 def read_facts(paths: list[str], patients: Collection[str]) -> dict[str, list[Fact]] | None:

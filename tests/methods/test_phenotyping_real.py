@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import pytest
 
 from actors.retriever.retriever import RetrieverActor
 from methods.phenotyping_definition import read_definitions
+from methods.phenotyping_deidentify import Stage, deidentified
+from methods.phenotyping_fhir import raw_place
 from methods.phenotyping_mentions import read_mentions
 from methods.phenotyping_notes import Note, parts_of, read_part
-from methods.phenotyping_scan import Scan, scanned
+from methods.phenotyping_scan import Scan, Scanned, scanned
 from protocols.retriever import RetrieverConfig, RetrieverService, Window
 
 DATA = os.environ.get("REPERTORY_DATA", "")
@@ -47,3 +50,28 @@ def test_real_mentions_and_labels_are_read() -> None:
     assert len(mentions) == 1588
     texts = (folder / "mtsamples_notes_dev.jsonl").read_text(encoding="utf-8").splitlines()
     assert len({json.loads(line)["note_id"] for line in texts}) == 285
+
+
+async def test_identifiers_are_taken_out_and_diseases_stay(toys: Any) -> None:
+    (part,) = parts_of([str(Path(DATA) / "phenotyping" / "mtsamples_notes_dev.jsonl")], 1 << 30)
+    notes = [one for one in read_part(part, {"patient_id": "note_id"}) if isinstance(one, Note)]
+    replaced: Counter[str] = Counter()
+    after = [deidentified(note, Stage(365, b"0123456789abcdef", {}, {}), replaced) for note in notes]
+    assert replaced["date"] > 300 and replaced["name"] > 150 and replaced["age"] == 11
+    assert set(replaced) == {"date", "name", "age", "id", "phone"}
+    retriever = await toys.serve(RetrieverService, RetrieverActor(RetrieverConfig(kind="pattern")))
+    sets = [one.pattern_set() for one in read_definitions([str(SHIPPED)])]
+    scan = Scan(sets=sets, window=Window(), folder="")
+    texts = []
+    for some in (notes, after):
+        found = await scanned(retriever, scan, some)
+        texts.append([note.text[slice(*m)] for note, own in zip(some, found, strict=True) for m in matches_of(own)])
+    assert texts[0] == texts[1] and len(texts[0]) > 350
+    for before, note, own in zip(notes, after, found, strict=True):
+        for start, end in matches_of(own):
+            raw = raw_place(note.raw_places, start), raw_place(note.raw_places, end, last=True)
+            assert before.text[slice(*raw)] == note.text[start:end]
+
+
+def matches_of(own: Scanned) -> list[tuple[int, int]]:
+    return [match for finding in own.findings for match in finding.matches]

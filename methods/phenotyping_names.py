@@ -1,0 +1,213 @@
+"""Names of people in clinical text: those of a table, what stands after a title. There is no model of names: one
+that stands in no table and after no title is not found."""
+
+import re
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import re2
+
+from methods.phenotyping_identifiers import Edit, placeholder
+from methods.phenotyping_notes import plain
+from methods.phenotyping_tables import rows_of
+from protocols.errors import BadInput
+
+KIND = "name"
+WORD = re.compile(r"[^\W\d_]+(?:[\u0300-\u036f]+[^\W\d_]*)*")
+"""Letters, those of several characters too."""
+LEAST = 3
+"""Letters of a part of a name that is replaced where it stands alone."""
+TITLE = re2.compile(
+    r"\b(?:Mr|Mrs|Ms|Mx|Miss|Drs?|Prof|Professor)(?:\.[ \t\x{a0}]{0,2}|[ \t\x{a0}]{1,2})"
+    r"|\b(?:DRS?|MRS|MISS|PROF|drs?|mrs|prof)\.[ \t\x{a0}]{0,2}"
+    r"|(?:^|[.:;\n][ \t\x{a0}]{0,2}|,)(?:MR|MS|mr|ms)\.[ \t\x{a0}]{0,2}"
+)
+"""In capitals or small letters MR and MS are medicine as well, unless a sentence begins them."""
+NAME_IS = re2.compile(r"(?i)\b(?:patient|pt)(?:'s)? (?:full )?name\s{0,2}[:=,]{1,2}[ \t\x{a0}]{0,3}")
+"""What a name stands behind in head of a note."""
+AND = re.compile(r"(?:,| and| &) (?=[^\W\d_])")
+"""Between the names of several doctors."""
+TOKEN = re.compile(rf"{WORD.pattern}(?:['’-]{WORD.pattern})*")
+BETWEEN = re.compile(r"\.?[ \u00a0]|\.(?=[^\W\d_])")
+"""Between the words of a name that follows a title."""
+HEADED = re.compile(r"\.?,?[ \u00a0]{1,2}")
+"""Between those of one in the head of a note."""
+MOST = 4
+"""Words of a name behind a title."""
+PARTICLES = frozenset(
+    ("van", "von", "der", "den", "de", "da", "di", "du", "del", "la", "le", "el", "al", "bin", "ibn", "ten")
+)
+NOT_NAMES = """
+a about after again age all also am an and any are as assessment at be been before but by called came can chief
+could currently date dated denies did discussed dob does dose dr drs exam examination family feels female follow for
+from had has have he her here him his history however i if impression in is it its labs last left male md mild miss
+moderate mr mrn mrs ms my name negative no none normal not note now of on one only or our past patient per physical
+plan please positive present presents prof pt recommended reported reports returned review right said saw seen
+severe sex she should since so social some stated states status than that the their them then there these they this
+those to today tomorrow under until was we were what when where which while who will with without would yesterday
+you your
+"""
+NO_NAME = frozenset(NOT_NAMES.split())
+"""What stands behind a title without being a name."""
+COMMON = """
+ace april art august baker ball bank banks best bill bin black block blood bone bones born bow bright broad brown
+burns bush cane case chance chase church clay close cold cook cope crane cross das day dean del den der des do dos
+down early east english faith fall falls fish flood foot fox free french frost gamble game gates gay good grace gram
+grant gray green grey hand hands hard hardy head heart high hill hood hope house hunt hurt ibn ice iii jack jan
+jolly joy jr june key king knee lane large law leg less light little long love lump lung mace major man mark marks
+may md mild minor moles moody moon more morning mouth neck need new night noble north oral orange pace page pain
+parks pass pat peak penny phd pill pine place pool poor power price pride prior pulse quick rash ray read rice rich
+ring rivers rod root rose rush salt sample san sands sharp ship short shot sick singer skin sky small smart snow
+soft son sore south spear spring sr stack stage stay stern still stomach stone stool strain strange street strong
+style summer sweet swift test tongue tooth true van vein von wall ward water waters way weeks weight well wells west
+white wide wild will winter wise wood woods worth young
+"""
+ALSO_WORDS = frozenset(COMMON.split())
+"""Parts of names that are everyday words as well: they are replaced beside another part of the same name, and where
+they have a capital within a sentence."""
+NO_PARTS = frozenset(("and", "or", "the", "for", "with"))
+THINGS = re.compile(
+    r"['’]?s?[ \u00a0-](?:disease|syndrome|sign|score|scale|criteria|catheter|cyst|fracture|disorder|lymphoma|sarcoma"
+    r"|tumou?r|maneuver|manoeuvre|procedure|reflex|stain|palsy|chorea|contracture|thyroiditis|o?esophagus"
+    r"|classification|phenomenon|murmur|dementia|ataxia)\b",
+    re.IGNORECASE,
+)
+"""Behind somebody's name that a disease or a device has got."""
+GAP = re.compile(r"[\s.,'’-]{1,3}")
+"""Between two parts of one name."""
+
+
+@dataclass
+class Names:
+    """Names by their parts, in small letters without accents."""
+
+    parts: set[str] = field(default_factory=set)
+    """Those that are replaced wherever they stand."""
+    words: set[str] = field(default_factory=set)
+    """Those that are everyday words as well."""
+    every: set[str] = field(default_factory=set)
+    """All parts, the shortest too."""
+    pairs: set[tuple[str, str]] = field(default_factory=set)
+    """Any two of one name, in either order."""
+
+    def add(self, name: str) -> None:
+        """One more name."""
+        words = [word for match in WORD.finditer(name) if (word := folded(match.group())) not in NO_PARTS]
+        self.every.update(words)
+        long = {word for word in words if len(word) >= LEAST}
+        self.parts |= long - ALSO_WORDS
+        self.words |= long & ALSO_WORDS
+        self.pairs.update((one, other) for one in words for other in words if one != other)
+
+
+def read_names(path: str) -> dict[str, Names]:
+    """Names by patient; those of nobody, such as of staff, count for all. Raises BadInput that names the line and
+    shows no name."""
+    found: dict[str, Names] = {}
+    for place, row in rows_of(path, "deidentify.names"):
+        for column in ("patient_id", "name"):
+            if column not in row:
+                raise BadInput(f"deidentify.names: {place}: no column {column}; expected patient_id and name")
+        name = plain(row["name"])
+        if not WORD.search(name):
+            raise BadInput(f"deidentify.names: {place}: name: expected letters")
+        found.setdefault(plain(row["patient_id"]).strip(), Names()).add(name)
+    if not found:
+        raise BadInput(f"deidentify.names: {path} holds no names; expected rows with patient_id and name")
+    return found
+
+
+def folded(word: str) -> str:
+    """In small letters, without accents."""
+    if word.isascii():
+        return word.lower()
+    told = unicodedata.normalize("NFKD", word.casefold())
+    return "".join(one for one in told if not unicodedata.combining(one))
+
+
+Word = tuple[int, int, str]
+"""First character and the place behind the last, and the word in small letters without accents."""
+
+
+def names_in(text: str, known: Sequence[Names]) -> Iterator[Edit]:
+    """Names of tables, as whole words in any case; those of several parts as one piece."""
+    words = [(match.start(), match.end(), folded(match.group())) for match in WORD.finditer(text)] if known else []
+    for names in known:
+        for i, (start, end, word) in enumerate(words):
+            if word not in names.every:
+                continue
+            alone = word in names.parts or (word in names.words and within(text, start, end))
+            if alone and not THINGS.match(text, end):
+                yield Edit(start, end, KIND, placeholder(KIND))
+            if (first := part_before(text, words, i, names)) is not None:
+                yield Edit(first, end, KIND, placeholder(KIND))
+
+
+def part_before(text: str, words: Sequence[Word], i: int, names: Names) -> int | None:
+    """Where another part of the same name begins before a word, perhaps with an initial between them."""
+    for j in range(i - 1, max(-1, i - 3), -1):
+        start, end, word = words[j]
+        if not GAP.fullmatch(text, end, words[j + 1][0]):
+            return None
+        if (word, words[i][2]) in names.pairs:
+            return start
+        if len(word) > 1:
+            return None
+    return None
+
+
+def within(text: str, start: int, end: int) -> bool:
+    """Whether a word has a capital that no sentence and no title gives it."""
+    before = text[max(0, start - 2) : start]
+    return text[start:end].istitle() and before[1:] == " " and (before[0].islower() or before[0] == ",")
+
+
+def titled(text: str) -> Iterator[Edit]:
+    """What stands after a title, or in the head of a note after `patient name:`."""
+    for match in TITLE.finditer(text):
+        title = match.group().strip(" \t\u00a0.,:;\n")
+        at: int | None = match.end()
+        while at is not None and (end := name_end(text, at, title)) is not None:
+            yield Edit(at, end, KIND, placeholder(KIND))
+            more = AND.match(text, end) if title.lower() == "drs" else None
+            at = more and more.end()
+    for match in NAME_IS.finditer(text):
+        if (end := name_end(text, match.end(), "", HEADED)) is not None:
+            yield Edit(match.end(), end, KIND, placeholder(KIND))
+
+
+def name_end(text: str, at: int, title: str, between: re.Pattern[str] = BETWEEN) -> int | None:
+    """Behind a name that begins here after a title, None if there is none.
+
+    A title in capitals needs a name in capitals, and one in small letters has one word.
+    """
+    end: int | None = None
+    for _ in range(MOST):
+        if (token := TOKEN.match(text, at)) is None:
+            break
+        word = token.group().removesuffix("'s").removesuffix("’s")
+        initial = (len(word) == 1 or word == "St") and text[token.end() : token.end() + 1] == "."
+        if word not in PARTICLES:
+            if not may_be_name(word, title, first=end is None, headed=between is HEADED, initial=initial):
+                break
+            end = token.start() + len(word)
+            # Of capitals nobody can say where the name ends.
+            if title.islower() or (between is BETWEEN and word.isupper() and len(word) > 1):
+                break
+        gap = between.match(text, token.end())
+        if gap is None or (gap.group()[0] == "." and not initial):
+            break
+        at = gap.end()
+    return end
+
+
+def may_be_name(word: str, title: str, *, first: bool, headed: bool, initial: bool) -> bool:
+    """Whether a word may be one of a name. `initial`: it is one letter with a point, or St."""
+    if initial or (first and len(word) == 1):
+        return word[0].isupper() or title.islower()
+    if word.lower() in NO_NAME or (len(word) == 1 and not headed):
+        return False
+    if title.islower() or title.isupper():
+        return title.islower() or word.isupper()
+    return word[0].isupper() and (first or headed or not word.isupper())
