@@ -210,7 +210,8 @@ class ScoreRequest(Message):
     """Logits are divided by it."""
     last: int = Field(default=0, ge=0)
     """Only so many tokens at the end of each sequence are wanted, such as an answer behind its prompt; 0: all. What
-    sequences begin with in common is then computed once, as far as the engine can."""
+    sequences begin with in common is then computed once, as far as the engine can; with bfloat16 log-probs may so
+    differ by some 0.01 with what is asked together."""
 
 
 class ScoreResponse(Message):

@@ -22,6 +22,9 @@ from protocols.messages import Completion, SamplingParams, Structure
 from protocols.policy import EmbedRequest, EmbedResponse, PolicyConfig, SampleRequest, ScoreResponse
 from protocols.service import CheckpointResponse, Empty
 
+FEW = 32
+"""Last tokens of a sequence up to which they are drawn again, one by one, to score them."""
+
 
 class VLLMSamplerActor(SamplerActor):
     """Encodes prompts and follows rows as the other samplers do; vLLM computes and batches."""
@@ -133,11 +136,14 @@ class VLLMSamplerActor(SamplerActor):
 
             return Request(row[:first], given(temperature, row[first:]), take)
 
-        if last:
+        if 0 < last <= FEW:
             wanted = [drawn_again(place) for place, row in enumerate(rows) if len(row) > 1]
         else:
             wanted = [request(place) for place in range(len(rows))]
         await self._engine.complete(wanted)
+        if last > FEW:
+            for found in logprobs:
+                found[: max(0, len(found) - last)] = 0
         return logprobs, versions or {self._engine.version}
 
     async def _switch(self, tensors: dict[str, torch.Tensor], version: int) -> None:

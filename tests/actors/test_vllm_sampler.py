@@ -146,7 +146,7 @@ async def test_both_samplers_draw_the_same_tokens_with_the_same_log_probs(
     ]
     full = ScoreRequest(sequences=[RNG.integers(0, 180, CONTEXT), RNG.integers(0, 180, 1)])
     scored += [
-        request.model_copy(update={"last": last}) for request in (*scored[:2], full) for last in (1, 3, CONTEXT)
+        request.model_copy(update={"last": last}) for request in (*scored[:2], full) for last in (1, 3, 40, CONTEXT)
     ]
     for request, theirs in zip(
         [*scored, full], await asyncio.gather(*map(other.score, [*scored, full])), strict=True
@@ -294,15 +294,24 @@ async def test_publication_with_requests_in_flight(
     mixed = []
     for step in range(5):
         under_way = asyncio.ensure_future(split.sample(asked))
+        ends = ScoreRequest(sequences=sequences(mixed[-1]), last=8, temperature=0.7) if mixed else None
+        # Weights may change between two of these tokens; they are then scored again.
+        scored = asyncio.ensure_future(split.score(ends)) if ends else None
         await update(split, step)
         published = await split.publish(Empty())
         assert published.version == step + 1
         assert published.gap < TOLERANCE
         mixed.append(await under_way)
+        told = await scored if scored else None
         request = ScoreRequest(sequences=sequences(mixed[-1]))
         before = (await shared.score(request)).logprobs
+        expected = {step: (await shared.score(ends)).logprobs} if ends else {}
         await update(shared, step)
         after = (await shared.score(request)).logprobs
+        if ends and told:
+            expected[step + 1] = (await shared.score(ends)).logprobs
+            for one, other in zip(expected[told.version], told.logprobs, strict=True):
+                np.testing.assert_allclose(other.array, one.array, atol=TOLERANCE)
         check_versions(mixed[-1], before, after, step)
         for one, other in zip(after, (await split.score(request)).logprobs, strict=True):
             np.testing.assert_allclose(other.array, one.array, atol=TOLERANCE)
