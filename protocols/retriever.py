@@ -135,7 +135,8 @@ class SearchResponse(Message):
 
 
 class Pattern(Message):
-    """A regular expression in RE2's syntax, which is matched in time linear to the text."""
+    """A regular expression in RE2's syntax, which is matched in time linear to the text: its first 64 matches in a
+    document may have any length; further ones span at most 4,096 bytes of UTF-8, context included."""
 
     expression: str = Field(min_length=1)
     """Without look-around and back-references, which RE2 does not have. Where it has a group, that is the match, and

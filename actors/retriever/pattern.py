@@ -1,9 +1,9 @@
-"""Patterns of a search: compiled once, found in linear time, their places counted in characters."""
+"""Patterns of a search: compiled once, found in bounded time, their places counted in characters."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
+from itertools import count, pairwise
 
 import numpy as np
 import re2
@@ -18,6 +18,10 @@ PROBES = (b"", b"a", b"-", b"aa  aa", b"a\na", b"-\n-", b"-\na\n-")
 """Texts with a place of each kind at which an empty match might be found."""
 SHARED = 256
 """Bytes of context behind a match that may be the context of the next one as well."""
+FREE = 64
+"""Matches of a pattern in a text that may have any length."""
+MOST = 4096
+"""Bytes of each further match of it, context included."""
 KEPT = 32
 """Lists of sets whose automata are kept for the next call."""
 
@@ -118,14 +122,47 @@ def _present(automaton: re2.Set, part: range, data: bytes) -> list[int]:
 
 
 def spans(regex: re2._Regexp, data: bytes) -> Iterator[tuple[int, int]]:
-    """Bytes of each match from left to right: of its first group if it has one that takes part."""
+    """Bytes of each match from left to right: of its first group if it has one that takes part.
+
+    RE2 may read to the end of the text to find a match of a single byte: of `a.*b|a` in a line without b. So only the
+    first FREE are looked for in all of it; further ones span at most MOST bytes, context included. What is read is
+    then FREE times the text and some MOST bytes for each match, and for each place at which only a longer one begins.
+    """
     group, at = min(regex.groups, 1), 0
-    while (match := regex.search(data, at)) is not None:
+    for number in count():
+        match = regex.search(data, at) if number < FREE else short(regex, data, at, MOST)
+        if match is None:
+            return
         start, end = match.span(group)
         if 0 <= start < end:
             yield start, end
         at = match.end() if group == 0 or start < 0 else max(end, match.end() - SHARED)
         at = max(at, match.start() + 1)
+
+
+def short(regex: re2._Regexp, data: bytes, at: int, most: int) -> re2._Match | None:
+    """The first match from a byte on, if none may span more than `most` bytes: at the first place at which there is
+    one, the one that the expression prefers. Word boundaries and ends of lines are those of the text.
+
+    Windows of the text are searched, which grow until there is a match that can be judged.
+    """
+    width = 2 * most
+    while at < len(data):
+        end = at + width
+        # All `most` bytes of what begins no later than here are in the window.
+        sure = len(data) if end >= len(data) else end - most
+        match = regex.search(data, at, end)
+        start, behind = match.span() if match is not None else (len(data) + 1, 0)
+        if start > sure:
+            at, width = sure + 1, 2 * width
+            continue
+        if behind - start > most:
+            # A shorter one may begin here too, which the expression prefers less.
+            match = regex.match(data, start, start + most)
+        if match is not None:
+            return match
+        at, width = start + 1, 2 * most
+    return None
 
 
 def counted(one: Compiled, which: Sequence[int], data: bytes) -> list[tuple[int, int, int]]:

@@ -4,13 +4,14 @@ import re
 from collections.abc import Sequence
 from itertools import pairwise
 from random import Random
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.retriever import pattern
-from actors.retriever.pattern import SHARED, Searcher, spans
+from actors.retriever.pattern import SHARED, Compiled, Searcher, compiled, counted, short, spans
 from actors.retriever.snippets import snippets
 from actors.retriever.windows import Edges, cut, windows
 from protocols.errors import BadInput
@@ -274,3 +275,130 @@ def test_where_one_automaton_is_too_large_each_pattern_is_looked_for(
 def test_bytes_are_searched_where_characters_have_several() -> None:
     (one,) = Searcher([looked_for("é")]).sets
     assert list(spans(one.include[0], "aéé".encode())) == [(1, 3), (3, 5)]
+
+
+class Counting:
+    """An expression that counts what it is given to read at most."""
+
+    def __init__(self, expression: str) -> None:
+        self.regex = compiled("set", "include.0", Pattern(expression=expression))
+        self.groups = self.regex.groups
+        self.read = 0
+
+    def _noted(self, find: Any, data: bytes, at: int, end: int | None) -> Any:
+        self.read += min(len(data), len(data) if end is None else end) - at
+        return find(data, at, end)
+
+    def search(self, data: bytes, at: int, end: int | None = None) -> Any:
+        return self._noted(self.regex.search, data, at, end)
+
+    def match(self, data: bytes, at: int, end: int | None = None) -> Any:
+        return self._noted(self.regex.match, data, at, end)
+
+
+FAR = [
+    "a.*b|a", "a.*b", "a.*?b|ab", "(a).*b|(b)", "(a)(?:.*b)?", r"a\b", r"a\B", "b$", "(?m)b$", "(?m)^.*b",
+    r"\ba.*b\b|a", "é.*a|é", "^a", r"[ab]{3}|b", "(?s)a.*b|[^a]", "a(?:..)*b|b", r"(?:^|\s)(a+)(?:\s|$)",
+]  # fmt: skip
+LETTERS = st.text(st.sampled_from("aab é\n"), max_size=40)
+
+
+def slowly(expression: str, data: bytes, most: int) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Of each byte the match that is the first from it on: every place is tried, and what is behind `most` bytes of
+    it is only seen."""
+    regex = compiled("set", "include.0", Pattern(expression=expression))
+    begins = (regex.match(data, start, start + most) for start in range(len(data)))
+    told: list[Any] = []
+    for match in reversed(list(begins)):
+        told.append((match.span(), match.span(min(regex.groups, 1))) if match else told[-1] if told else None)
+    return told[::-1]
+
+
+@pytest.mark.parametrize("expression", FAR)
+@given(LETTERS, st.integers(1, 9))
+def test_the_first_match_that_is_short_is_found(expression: str, text: str, most: int) -> None:
+    data = text.encode()
+    regex = compiled("set", "include.0", Pattern(expression=expression))
+    found = [short(regex, data, at, most) for at in range(len(data))]
+    told = [(match.span(), match.span(min(regex.groups, 1))) if match else None for match in found]
+    assert told == slowly(expression, data, most)
+
+
+@pytest.fixture
+def limits(monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
+    monkeypatch.setattr(pattern, "FREE", 3)
+    monkeypatch.setattr(pattern, "MOST", 64)
+    return 3, 64
+
+
+def test_only_the_first_matches_may_be_long(limits: tuple[int, int]) -> None:
+    free, most = limits
+    regex = compiled("set", "include.0", Pattern(expression="a[^a]*b"))
+    line = f"a{'c' * most}b"
+    just = f"a{'c' * (most - 2)}b"
+    assert list(spans(regex, (line * 9).encode())) == [(i * len(line), (i + 1) * len(line)) for i in range(free)]
+    assert len(list(spans(regex, (just * 9).encode()))) == 9
+    # Nor does a text that is no longer know of a limit.
+    assert len(list(spans(compiled("set", "include.0", Pattern(expression="b|a.*")), b"b" * 40 + b"a" * 24))) == 41
+
+
+def test_context_counts_for_the_length_of_a_match(limits: tuple[int, int]) -> None:
+    free, most = limits
+    regex = compiled("set", "include.0", Pattern(expression="(a)c*d|(?:b)"))
+    far, near = f"a{'c' * most}d", f"a{'c' * (most - 2)}d"
+    places = [start for start, _ in spans(regex, (near + far + "b" * free + near + far + near).encode())]
+    ends = len(near) + len(far) + free
+    assert places == [0, len(near), ends, ends + len(near) + len(far)]
+
+
+def test_what_stands_behind_the_last_byte_is_seen(limits: tuple[int, int]) -> None:
+    free, most = limits
+    regex = compiled("set", "include.0", Pattern(expression=r"x|\ba+\b|(?m:b+$)"))
+    words = ["x" * free, "a" * most, "a" * (most + 1), "a" * most + "b", "b" * most + "\n", "b" * most + "c", "a"]
+    data = " ".join(words).encode()
+    found = [data[start:end].decode() for start, end in spans(regex, data)]
+    assert found == ["x"] * free + ["a" * most, "b" * most, "a"]
+
+
+LINE = "a" * 30_000
+
+
+@pytest.mark.parametrize(
+    ("expression", "text", "matches", "stops"),
+    [
+        ("a.*b|a", LINE, 30_000, 30_000),
+        ("a.*b|a", LINE[:20_000] + "c" * 10_000, 20_000, 20_000),
+        (r"a+\bc|a", LINE, 30_000, 30_000),
+        # What matches is not the group.
+        ("(a).*b|a", LINE, 0, 30_000),
+        ("a.*b|d", "d" * 9 + LINE, 9, 9),
+        ("d", ("c" * 999 + "d") * 30, 30, 30),
+        # The first match is the whole line, and nothing is left.
+        ("a.*b|a", LINE + "b", 1, 1),
+        # 37 places in each of 298 lines at which nothing begins that is short enough; two lines are free.
+        ("a[^d]{63,99}b|d", ("a" * 100 + "bd") * 300, 302, 302 + 37 * 298),
+        # The same behind a window that has grown.
+        ("a[^d]{63,99}b|d", "ddd" + "c" * 30_000 + ("a" * 100 + "b") * 300, 3, 3 + 37 * 300),
+    ],
+)
+def test_reading_is_bounded(limits: tuple[int, int], expression: str, text: str, matches: int, stops: int) -> None:
+    free, most = limits
+    regex: Any = Counting(expression)
+    assert len(list(spans(regex, text.encode()))) == matches
+    assert regex.read <= (free + 8) * len(text) + 3 * most * stops
+
+
+def test_windows_grow_where_nothing_is() -> None:
+    regex: Any = Counting("d")
+    assert short(regex, b"c" * 100_000, 0, 64) is None
+    assert 100_000 < regex.read < 101_000
+
+
+def test_what_is_excluded_is_looked_for_in_the_same_bounds(limits: tuple[int, int]) -> None:
+    free, most = limits
+    include, exclude = Counting("a.*b|a"), Counting("c.*d|c")
+    text = ("a" * 99 + "c") * 300
+    one: Any = Compiled("set", (include,), (exclude,))
+    assert [start for start, _, _ in counted(one, [0], text.encode())] == [i for i in range(30_000) if i % 100 != 99]
+    assert include.read <= (free + 8) * len(text) + 3 * most * 29_701
+    assert exclude.read <= (free + 8) * len(text) + 3 * most * 301
