@@ -22,8 +22,9 @@ from methods.phenotyping_definition import Definition
 from methods.phenotyping_deidentify import stage_of
 from methods.phenotyping_input import check_input, id_of, input_of, keep_input
 from methods.phenotyping_llm import check_reads, read_verdicts
-from methods.phenotyping_notes import Part, check_tables, parts_of
+from methods.phenotyping_notes import check_tables
 from methods.phenotyping_out import write_costs
+from methods.phenotyping_parts import Part, parts_of
 from methods.phenotyping_report import finish, metrics_of, planned
 from methods.phenotyping_scan import PartCounts, Scan, bucket_name, counts_file, read_bucket, scan_part, spread
 from methods.phenotyping_source import model_digest, source_of

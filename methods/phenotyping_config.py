@@ -76,7 +76,8 @@ class Config(MethodConfig):
     deidentify: DeidentifyConfig | None = None
     """Take identifiers out of the notes before anything is cut from them, e.g. deidentify.secret=FILE; null: no."""
     part_bytes: int = Field(default=32 << 20, ge=1)
-    """Files are read in parts of about this size, each of which is read again if the run is killed in it."""
+    """Files are read in parts of about this size, each of which is read again if the run is killed in it. Small texts
+    and FHIR files of a folder make up one together, at most 4,096 of them."""
     parallel: int = Field(default=1, ge=1)
     """Parts that are read at once. Needs transport=ray for more than one."""
     definitions: list[str] = []

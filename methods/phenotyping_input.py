@@ -1,5 +1,6 @@
 """What a run was begun with: the same command goes on with the same notes, definitions and model only."""
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -10,21 +11,30 @@ from uuid import uuid4
 from cluster.run_directory import write_atomically
 from methods.phenotyping_decide import Origin
 from methods.phenotyping_definition import Definition
-from methods.phenotyping_notes import Part
+from methods.phenotyping_parts import Part, files_in
 from protocols.errors import BadInput
 
 FILE = "input.json"
 
 
 def input_of(parts: Sequence[Part], definitions: Sequence[Definition], origin: Origin) -> dict[str, dict[str, Any]]:
-    """Size and time of the files, digests of all else."""
-    files = {part.file: os.stat(part.file) for part in parts}
+    """Size and time of the files, of many small ones a digest; digests of all else."""
     return {
-        "notes": {name: [one.st_size, one.st_mtime_ns] for name, one in files.items()},
+        "notes": dict(map(pin_of, parts)),
         "definitions": {one.phenotype_id: one.digest for one in definitions},
         "policy.model": {origin.model: True},
         "deidentify": dict(origin.deidentified),
     }
+
+
+def pin_of(part: Part) -> tuple[str, list[int] | str]:
+    """Name of a part's notes, and what changes with them."""
+    files = [one.file for one in files_in(part)]
+    pins = [[one.st_size, one.st_mtime_ns] for one in map(os.stat, files)]
+    if not part.others:
+        return part.file, pins[0]
+    digest = hashlib.sha256(json.dumps([files, pins]).encode()).hexdigest()
+    return f"{files[0]} to {files[-1]} ({len(files)} files)", digest
 
 
 def check_input(folder: Path, now: Mapping[str, Mapping[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""Notes from files: JSON lines, CSV, Parquet, OMOP's NOTE table, FHIR, folders of text; in parts, row by row.
+"""Notes from files: JSON lines, CSV, Parquet, OMOP's NOTE table, FHIR, folders of text; row by row.
 
 A bad row becomes a reject with its place and the reason; the others are read. Reasons never hold a note's text.
 """
@@ -13,23 +13,13 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from methods.phenotyping_dates import iso_date
 from methods.phenotyping_fhir import documents_of, resources_of
+from methods.phenotyping_parts import Part, files_in, suffix_of
 from protocols.errors import BadInput
-from protocols.service import Message
 
-Format = Literal["rows", "csv", "parquet", "fhir", "text"]
-SUFFIXES: dict[str, Format] = {
-    ".jsonl": "rows",
-    ".ndjson": "rows",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".parquet": "parquet",
-    ".json": "fhir",
-    ".txt": "text",
-}
 FIELDS = ("patient_id", "note_id", "text", "date", "note_type", "encounter_id")
 NEEDED = ("patient_id", "note_id", "text")
 OMOP = {
@@ -40,28 +30,8 @@ OMOP = {
     "encounter_id": "visit_occurrence_id",
 }
 """Columns of OMOP's NOTE table, which are looked for where ours are not there."""
-CHUNK = 1 << 20
 ROWS_AT_ONCE = 256
 csv.field_size_limit(1 << 30)
-
-
-class Part(Message):
-    """A piece of the input, read on its own."""
-
-    index: int
-    """Its place."""
-    file: str
-    """The file."""
-    root: str = ""
-    """Of texts: the folder that was named."""
-    format: Format
-    """How to read it."""
-    start: int = 0
-    """First byte of JSON lines, first row group of Parquet."""
-    end: int = -1
-    """Behind the last one; -1: to the end."""
-    first_line: int = 1
-    """Number of the first line or row."""
 
 
 @dataclass(frozen=True)
@@ -106,98 +76,6 @@ class BadRow(ValueError):
         self.note_id, self.patient_id = note_id, patient_id
 
 
-def parts_of(paths: Sequence[str], size: int) -> list[Part]:
-    """The input in parts of about `size` bytes, in order of files. Raises BadInput that names the path."""
-    parts: list[Part] = []
-    for path in paths:
-        for file, root in files_of(Path(path).expanduser()):
-            for start, end, line in cuts(file, size):
-                parts.append(
-                    Part(
-                        index=len(parts),
-                        file=str(file),
-                        root=root,
-                        format=format_of(file),
-                        start=start,
-                        end=end,
-                        first_line=line,
-                    )
-                )
-    return parts
-
-
-def files_of(path: Path) -> list[tuple[Path, str]]:
-    """Files of a path that can be read, with the folder that was named."""
-    if path.is_dir():
-        found = [file for file in sorted(path.rglob("*")) if file.is_file() and suffix_of(file) in SUFFIXES]
-        if not found:
-            raise BadInput(f"notes: no {', '.join(SUFFIXES)} in {path}")
-        return [(file, str(path)) for file in found]
-    if not path.is_file():
-        raise BadInput(f"notes: {path} is not there")
-    format_of(path)
-    return [(path, str(path.parent))]
-
-
-def suffix_of(file: Path) -> str:
-    """Its suffix, `.gz` apart."""
-    name = file.name.lower().removesuffix(".gz")
-    return Path(name).suffix
-
-
-def format_of(file: Path) -> Format:
-    """By the suffix. Raises BadInput for an unknown one."""
-    suffix = suffix_of(file)
-    if suffix not in SUFFIXES or (suffix == ".parquet" and file.name.lower().endswith(".gz")):
-        raise BadInput(f"notes: {file}: expected one of {', '.join(SUFFIXES)}, perhaps with .gz")
-    return SUFFIXES[suffix]
-
-
-def cuts(file: Path, size: int) -> Iterator[tuple[int, int, int]]:
-    """Start, end and first line of each part of a file; only plain JSON lines and Parquet can be cut."""
-    form = format_of(file)
-    if form == "parquet":
-        yield from row_groups(file, size)
-    elif form == "rows" and file.suffix != ".gz":
-        yield from line_cuts(file, size)
-    else:
-        yield 0, -1, 1
-
-
-def line_cuts(file: Path, size: int) -> Iterator[tuple[int, int, int]]:
-    """Parts that begin and end with lines."""
-    start, line, place, lines = 0, 1, 0, 0
-    with open(file, "rb") as stream:
-        while chunk := stream.read(min(CHUNK, size)):
-            if place + len(chunk) - start >= size and (at := chunk.rfind(b"\n")) >= 0:
-                end = place + at + 1
-                lines += chunk.count(b"\n", 0, at + 1)
-                yield start, end, line
-                start, line, lines = end, line + lines, chunk.count(b"\n", at + 1)
-            else:
-                lines += chunk.count(b"\n")
-            place += len(chunk)
-    if place > start:
-        yield start, place, line
-
-
-def row_groups(file: Path, size: int) -> Iterator[tuple[int, int, int]]:
-    """Parts of whole row groups."""
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.ParquetFile(file)
-    except (OSError, ValueError) as error:
-        raise BadInput(f"notes: {file} is not Parquet: {error}") from error
-    start, row, rows, bytes_ = 0, 1, 0, 0
-    for group in range(table.num_row_groups):
-        meta = table.metadata.row_group(group)
-        rows, bytes_ = rows + meta.num_rows, bytes_ + meta.total_byte_size
-        if bytes_ >= size or group == table.num_row_groups - 1:
-            yield start, group + 1, row
-            start, row, rows, bytes_ = group + 1, row + rows, 0, 0
-
-
 def read_part(
     part: Part, columns: Mapping[str, str], encoding: str = "utf-8", *, show: bool = True
 ) -> Iterator[Note | Reject]:
@@ -208,12 +86,13 @@ def read_part(
     a table lacks a column.
     """
     readers = {"rows": read_lines, "csv": read_csv, "parquet": read_parquet, "fhir": read_bundle, "text": read_text}
-    try:
-        for place, row in readers[part.format](part, columns, encoding):
-            yield from told(f"{part.file}{place}", row, show=show)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        # What stands in brackets are the first bytes.
-        yield Reject(part.file, f"a broken archive: {str(error).partition(' (')[0]}")
+    for one in files_in(part):
+        try:
+            for place, row in readers[one.format](one, columns, encoding):
+                yield from told(f"{one.file}{place}", row, show=show)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            # What stands in brackets are the first bytes.
+            yield Reject(one.file, f"a broken archive: {str(error).partition(' (')[0]}")
 
 
 def told(where: str, row: "Note | BadRow", *, show: bool) -> Iterator[Note | Reject]:
@@ -272,6 +151,12 @@ def loaded(raw: str | bytes) -> Any:
         raise BadRow("not JSON: nested too deeply") from error
     except ValueError as error:
         raise BadRow("not JSON: a number has too many digits") from error
+
+
+def bytes_of(file: str) -> bytes:
+    """All of a file. Raises what gzip and zlib do for a broken archive."""
+    with gzip.open(file) if file.endswith(".gz") else open(file, "rb") as stream:
+        return stream.read()
 
 
 def lines_of(part: Part) -> Iterator[bytes]:
@@ -431,7 +316,7 @@ def read_text(part: Part, columns: Mapping[str, str], encoding: str) -> Found:
     inner = path.relative_to(part.root)
     name = inner.as_posix().removesuffix(".gz").removesuffix(".txt")
     patient = inner.parent.as_posix() if inner.parent != Path(".") else name
-    raw = b"".join(lines_of(part.model_copy(update={"end": path.stat().st_size})))
+    raw = bytes_of(part.file)
     try:
         yield "", Note(patient_id=patient, note_id=name, text=decoded(raw, encoding))
     except BadRow as error:
@@ -440,7 +325,7 @@ def read_text(part: Part, columns: Mapping[str, str], encoding: str) -> Found:
 
 def read_bundle(part: Part, columns: Mapping[str, str], encoding: str) -> Found:
     """A FHIR bundle, or one resource."""
-    raw = b"".join(lines_of(part.model_copy(update={"end": Path(part.file).stat().st_size})))
+    raw = bytes_of(part.file)
     try:
         content = loaded(raw)
     except BadRow as error:

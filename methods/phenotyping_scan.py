@@ -17,7 +17,8 @@ from pydantic import ValidationError
 from cluster.run_directory import write_atomically
 from methods.phenotyping_deidentify import DeidentifyConfig, deidentified, kept_stage
 from methods.phenotyping_fhir import raw_place
-from methods.phenotyping_notes import Note, Part, Reject, read_part
+from methods.phenotyping_notes import Note, Reject, read_part
+from methods.phenotyping_parts import Part
 from protocols.errors import Corrupt
 from protocols.retriever import Document, PatternSet, RetrieverService, Snippet, SnippetsRequest, Window
 from protocols.service import Message

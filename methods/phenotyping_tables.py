@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from methods.phenotyping_notes import suffix_of
+from methods.phenotyping_parts import suffix_of
 from methods.worlds.documents import read_lines
 from protocols.errors import BadInput
 

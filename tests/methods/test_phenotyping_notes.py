@@ -18,7 +18,8 @@ from pydantic import ValidationError
 
 from methods.phenotyping_config import Config
 from methods.phenotyping_fhir import raw_place, text_of_html
-from methods.phenotyping_notes import FIELDS, Note, Part, Reject, parts_of, read_part
+from methods.phenotyping_notes import FIELDS, Note, Reject, read_part
+from methods.phenotyping_parts import Part, parts_of
 from protocols.errors import BadInput
 
 

@@ -11,7 +11,7 @@ from cluster.cluster import Cluster
 from cluster.configure import configure
 from cluster.parts import each
 from methods import phenotyping
-from methods.phenotyping_notes import Part
+from methods.phenotyping_parts import Part
 from methods.worlds import wards
 from protocols.errors import BadInput
 from tests.cluster.local_ray import local_ray

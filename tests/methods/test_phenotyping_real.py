@@ -14,7 +14,8 @@ from methods.phenotyping_definition import read_definitions
 from methods.phenotyping_deidentify import Stage, deidentified
 from methods.phenotyping_fhir import raw_place
 from methods.phenotyping_mentions import read_mentions
-from methods.phenotyping_notes import Note, parts_of, read_part
+from methods.phenotyping_notes import Note, read_part
+from methods.phenotyping_parts import parts_of
 from methods.phenotyping_scan import Scan, Scanned, scanned
 from protocols.retriever import RetrieverConfig, RetrieverService, Window
 
