@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from methods import phenotyping_notes, phenotyping_parts
+from methods.phenotyping_decide import Origin
 from methods.phenotyping_input import check_input, input_of, keep_input
 from methods.phenotyping_notes import Note, Reject, read_part
 from methods.phenotyping_parts import Part, files_in, parts_of
@@ -158,7 +159,7 @@ def test_a_run_is_pinned_to_its_files(tmp_path: Path, change: str) -> None:
     run.mkdir()
 
     def now() -> dict[str, dict[str, Any]]:
-        return input_of(parts_of([str(root)], 18), [], "model")
+        return input_of(parts_of([str(root)], 18), [], Origin("model", PromptConfig(), "run"))
 
     keep_input(run, now())
     check_input(run, now())
@@ -205,11 +206,11 @@ async def test_a_part_that_was_interrupted_is_read_again(
     kept = phenotyping_notes.told
     read: list[str] = []
 
-    def dies(where: str, row: Any) -> Any:
+    def dies(where: str, row: Any, *, show: bool) -> Any:
         read.append(Path(where).relative_to(root).as_posix())
         if len(read) == 20:
             raise KeyboardInterrupt
-        return kept(where, row)
+        return kept(where, row, show=show)
 
     monkeypatch.setattr(phenotyping_notes, "told", dies)
     with pytest.raises(KeyboardInterrupt):
