@@ -15,6 +15,7 @@ from methods.phenotyping_decide import Origin
 from methods.phenotyping_input import check_input, input_of, keep_input
 from methods.phenotyping_notes import Note, Reject, read_part
 from methods.phenotyping_parts import Part, files_in, parts_of
+from methods.phenotyping_prompts import PromptConfig
 from protocols.errors import BadInput
 from tests.methods.phenotyping_toys import Run, reader, runner, ward
 
