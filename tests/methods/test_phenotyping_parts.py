@@ -145,7 +145,7 @@ def touched(file: Path) -> None:
 CHANGES = {
     "time": (lambda root: touched(root / "b.txt"), r"a.txt to .*c.txt \(3 files\)"),
     "size": (lambda root: (root / "c.txt").write_text("xx"), r"a.txt to .*c.txt \(3 files\)"),
-    "gone": (lambda root: (root / "b.txt").unlink(), r"a.txt to .*c.txt \(2 files\)"),
+    "gone": (lambda root: (root / "b.txt").unlink(), r"a.txt to .*c.txt \(3 files\)"),
     "new": (lambda root: (root / "aa.txt").write_text("x"), r"a.txt to .*c.txt \(3 files\)"),
     "renamed": (lambda root: (root / "b.txt").rename(root / "bb.txt"), r"a.txt to .*c.txt \(3 files\)"),
     "table": (lambda root: touched(root / "d.jsonl"), r"d.jsonl"),
