@@ -97,6 +97,22 @@ WHOLE_DATES = [
     ("3/5/2020Time", "3/15/2020Time"),
     ("2020-03-05/2020-03-09", "2020-03-15/2020-03-19"),
     ("O2 sat 3/5/2020", "O2 sat 3/15/2020"),
+    ("3/5/\n2020", "3/15/\n2020"),
+    ("3/5/ 2020", "3/15/ 2020"),
+    ("3/5 /2020", "3/15 /2020"),
+    ("Mar\n5, 2020", "Mar\n15, 2020"),
+    ("March 5,\r\n2020", "March 15,\r\n2020"),
+    ("5\nMarch 2020", "15\nMarch 2020"),
+    ("3\u20135\u20132020", "3\u201315\u20132020"),
+    ("2020\u201103\u201105", "2020\u201103\u201115"),
+    ("DOS3/5/2020", "DOS3/15/2020"),
+    ("DATE03/05/2020", "DATE03/15/2020"),
+    ("DOS3/5/20", "DOS3/15/20"),
+    ("_3/5/2020_ and _Mar 5, 2020_", "_3/15/2020_ and _Mar 15, 2020_"),
+    ("Date:3/5/20Time:10:00", "Date:3/15/20Time:10:00"),
+    ("DOB: 03051985", "DOB: 03151985"),
+    ("12/31/9999", "[date]"),
+    ("9999-12-31", "[date]"),
     ("2/30/2020", "[date]"),
     ("February 30, 2020", "[date]"),
     ("13/45/2020", "[date]"),
@@ -117,6 +133,34 @@ def test_a_date_that_would_leave_the_calendar_is_a_placeholder() -> None:
     near = deidentified(Note("p", "n", "", date="0001-01-01"), stage(days=1), Counter())
     assert sorted([far.date, near.date])[0] == ""
     assert {far.date, near.date} <= {"", "9999-12-30", "0001-01-02"}
+
+
+BESIDE_WHOLE_DATES = [
+    ("Admitted 3/5/2020 to 3/9.", "Admitted 3/15/2020 to [date]."),
+    ("3/5/2020 - 3/9", "3/15/2020 - [date]"),
+    ("3/5/2020, 3/7, 3/9", "3/15/2020, [date], [date]"),
+    ("3/5/20, 3/7 & 3/9", "3/15/20, [date] & [date]"),
+    ("Labs: 3/4 Hgb 9, 3/5 Hgb 8 (3/5/2020)", "Labs: [date] Hgb 9, [date] Hgb 8 (3/15/2020)"),
+    ("3/5-7/2020", "[date]"),
+    ("3-5-2020 to 3-9", "3-15-2020 to [date]"),
+    ("3.9, 3.10.2020, INR 2.1", "[date], 3.20.2020, INR 2.1"),
+    ("January 3rd through the 5th, 2020", "[date]"),
+    ("March 3, 5, and 7, 2020", "[date]"),
+    ("March 5, 2020 until the 9th; home on the 10th.", "March 15, 2020 until the [date]; home on the [date]."),
+    ("March 5, 2020, 2nd visit, the 5th toe", "March 15, 2020, 2nd visit, the 5th toe"),
+    ("3/5/2020, 10 mg, 1/2 tablet, 1/2 NS", "3/15/2020, 10 mg, 1/2 tablet, 1/2 NS"),
+    (
+        "3/5/2020: strength is 4/5 in left and 5/5 in right, pulses 2/4, reflexes were 2/4, pain 3/10, 2/6 murmur",
+        "3/15/2020: strength is 4/5 in left and 5/5 in right, pulses 2/4, reflexes were 2/4, pain 3/10, 2/6 murmur",
+    ),
+    ("K 5.0, 3/5/2020, 3.9", "K 5.0, 3/15/2020, 3.9"),
+    ("3/5/2020: L4/5, C5/6, 20/20, BP 120/80", "3/15/2020: L4/5, C5/6, 20/20, BP 120/80"),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), BESIDE_WHOLE_DATES, ids=[text for text, _ in BESIDE_WHOLE_DATES])
+def test_days_beside_whole_dates_do_not_tell_the_shift(text: str, expected: str) -> None:
+    assert clean(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -217,6 +261,7 @@ def test_identifiers_become_placeholders(text: str, expected: str) -> None:
         "age 93 months, aged 89, an 88-year-old, 9-year-old, for 93 days, age 0.93",
         "THIS MAY BE VEINS, it may repeat, a march fracture, MAR reviewed, OCT scan, marched, O2 sat 98",
         "MS. Patient denies; SEVERE MR. EF 55; no MR; MS and DR; MILD TR, MR. EF 55; the mr. was mild",
+        "OCT 10 mm cyst, DEC 10 mg, MAY 5 mg, May 2 tablets, pain rated on 3/10, ratio 10-12-14",
         "room 412, visit #2, case 12, unit 5, serial troponins, account of it, record 5 days, lot 12, model 12345",
         "ST depression of 2 mm, in 5 Lead St depression, 5 Chest Ct scans, IN 12345 units, Heparin, OR 10000 units",
         "cell count 450, white cell 12.5, ext 0-130 degrees, extension 120, called 3 times, PT 12.5, home O2",
