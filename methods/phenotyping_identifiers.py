@@ -47,15 +47,42 @@ FLAT = (
     r"\b)?"
 )
 NINETY = r"(9[0-9]|1[0-2][0-9])"
+GROUND = re2.compile(
+    r"(?i)^,?[ \t]{0,2}(?:with|w/|who|presents?|presenting|p/w|h/o|hx|history|known|pmhx?|c/o|s/p|here|from|admitted"
+    r"|adm|found|brought|seen|status|transferred|complain)"
+)
+"""Behind somebody's age and sex."""
+WARM = re2.compile(r"(?i)\b(?:temp[a-z]*|t|tm|tmax|tc|fever[a-z]*|febrile)\b[^.;\n]{0,16}$")
+"""Before degrees of Fahrenheit."""
+BEGUN = re2.compile(r"(?i)(?:^|[\r\n]|\b(?:an?|this)|pt|patient:?)[ \t]{0,2}$")
+"""Before somebody's age."""
 UNITS = re2.compile(
     r"(?i)^[ \t]?-?(?:%|m?c?k?g|mcg|m?d?l|cc|units?|u|iu|meq|mmol|mm|cm|cells?|copies|cal|calories|kcal|hz|days?"
     r"|hours?|hrs?|minutes?|beats?|steps|feet|ft|meters?|psi|ng|pg)\b"
 )
-SPANS = re2.compile(r"(?i)^[ -]?(?:months?|mos?|weeks?|wks?|days?|hours?|hrs?|minutes?|mins?|%|mg|pounds|lbs?|kg)\b")
+SPANS = re2.compile(
+    r"(?i)^[ -]?(?:months?|mos?|weeks?|wks?|days?|hours?|hrs?|minutes?|mins?|%|mg|pounds|lbs?|kg"
+    r"|y[ -](?:micro|ibri|radio|sirt|dota|resin|glass|spher|label|zeval|ttrium|therap|treat)[a-z]*)\b"
+)
+"""Behind a number that is no age, as of yttrium."""
 NO_STREET = re2.compile(
     r"(?i)^\.?[ -]?(?:elevation|depression|segment|change|wave|abnormal|deviation|scan|angio|chest|head|abdom|with)"
 )
 """Behind `St` of an electrocardiogram and `Ct` of a tomography."""
+COUNTED = re2.compile(
+    r"(?i)^[0-9]+ +(?:units?|u|mg|mcg|ml|cc|mm|cm|fr|french|g|ga|gauge|leads?|tabs?|caps?|puffs?|drops?)\b"
+)
+"""A number of something, no house."""
+IN_PLACE = re2.compile(r"(?i)\b(?:in|of|to|into) +place$")
+LOUD = frozenset(
+    ("LEAD", "LEADS", "MM", "WITH", "AND", "OR", "OF", "IN", "NO", "MG", "SHOWS", "SHOWED", "NEW", "FOR", "THE")
+)
+"""Words that are no part of a street's name, and ST behind them no street."""
+STREET_ENDS = re2.compile(r"^(?:[.,;]|[ \t]*(?:$|[\r\n]))")
+LABS = re2.compile(r"\b(?:[A-Z][a-z]?|[A-Z]{2,5}|[Rr]ange|[Rr]anged|[Ff]rom|[Bb]etween)[ :=]{1,2}$")
+"""Before a value, as WBC or Cr."""
+RANGE = re2.compile(r"(?i)^ ?(?:range|ref)")
+DOSED = re2.compile(r"(?i)^[0-9]+ ?(?:mg|mcg|ml|cc|units?|g|kg|mm|cm|meq|iu)$")
 
 
 @dataclass(frozen=True)
@@ -113,7 +140,15 @@ def digits(least: int) -> Guard:
 
 def short_number(text: str, start: int, end: int) -> bool:
     """Of a telephone without an area, and no range such as 500-1000 mg."""
-    return alone(text, start, end) and text[end - 2 : end] != "00" and not UNITS.match(text[end : end + 12])
+    if text[end - 2 : end] == "00" or UNITS.match(text[end : end + 12]) or RANGE.match(text[end : end + 12]):
+        return False
+    return alone(text, start, end) and not LABS.search(text[max(0, start - 12) : start])
+
+
+def numbered(text: str, start: int, end: int) -> bool:
+    """Of a record: three digits, or four behind a bare `no`, which denies as well, and no dose."""
+    bare = text[max(0, start - 4) : start].lower() == " no "
+    return digits(4 if bare else 3)(text, start, end) and not (bare and DOSED.match(text[start:end]))
 
 
 def long_number(text: str, start: int, end: int) -> bool:
@@ -126,12 +161,22 @@ def network(text: str, start: int, end: int) -> bool:
     return alone(text, start, end) and all(int(one) < 256 for one in text[start:end].split("."))
 
 
+def house(text: str, start: int, end: int) -> bool:
+    """No number of units, and nothing that is in place."""
+    return not COUNTED.match(text[start:end]) and not IN_PLACE.search(text[start:end])
+
+
 def street(text: str, start: int, end: int) -> bool:
     """No lead of an electrocardiogram, no tomography, and no `Dr` before somebody's name."""
     after = text[end : end + 16]
     if text[start:end].endswith("Dr"):
         return after[:1] != "." and not (after[:1] == " " and after[1:2].isupper())
-    return not NO_STREET.match(after)
+    return house(text, start, end) and not NO_STREET.match(after)
+
+
+def loud_street(text: str, start: int, end: int) -> bool:
+    """One in capitals, with nothing of an electrocardiogram in it."""
+    return not LOUD.intersection(text[start:end].split()) and STREET_ENDS.match(text[end : end + 16]) is not None
 
 
 def zipped(text: str, start: int, end: int) -> bool:
@@ -152,7 +197,21 @@ def aged(text: str, start: int, end: int) -> bool:
         return False
     if after[:1] in ("%", "+") or (after[:1] in (".", "/") and after[1:].isdigit()):
         return False
-    return not SPANS.match(text[end : end + 12])
+    return not SPANS.match(text[end : end + 24])
+
+
+def sexed(text: str, start: int, end: int) -> bool:
+    """Years before F or M: what is told of people follows, or nothing that is warm or many is before them."""
+    sex, told = text[end : end + 24].lstrip(" \t\u00a0-")[:1], text[end : end + 24].lstrip(" \t\u00a0-")[1:]
+    before = text[max(0, start - 32) : start]
+    if not aged(text, start, end) or WARM.search(before):
+        return False
+    return GROUND.match(told) is not None or (
+        int(text[start:end]) < 110
+        and not told[:1].isalnum()
+        and not UNITS.match(told)
+        and (sex == "M" or (sex == "F" and BEGUN.search(before) is not None))
+    )
 
 
 def rule(kind: str, pattern: str, guard: Guard = anything, text: str = "") -> Rule:
@@ -161,7 +220,7 @@ def rule(kind: str, pattern: str, guard: Guard = anything, text: str = "") -> Ru
 
 
 PHONED = (
-    r"tele?phone|tel|phone|fax|facsimile|cell(?: ?phone)?|mobile|pager|beeper|call(?:ed)?|contact|home|work|office"
+    r"tele?phone|tel|phone|fax|facsimile|cell(?: ?phone)?|mobile|pager|beeper|ph|call(?:ed)?|contact|home|work|office"
 )
 RULES = (
     rule("email", r"[\pL\pN._%+-]+@[\pL\pN-]+(?:\.[\pL\pN-]+)+"),
@@ -188,7 +247,7 @@ RULES = (
         "id",
         rf"(?i)\b(?:{OFTEN})(?: (?:record|plan|account|plate))?{BLANK}{{0,2}}"
         rf"(?:numbers?\b|num\b|no\b|nr\b|#|id\b|identifier\b){NUMBERED}{CODE}",
-        digits(3),
+        numbered,
     ),
     rule("id", rf"(?i)\b(?:medical record|account|licen[cs]e|serial|s/n|passport):{BLANK}{{0,3}}{CODE}", digits(4)),
     rule(
@@ -201,26 +260,33 @@ RULES = (
         "address",
         rf"\b[0-9]{{1,6}}[A-Za-z]?{BLANK}{{1,2}}(?:{WORD}{BLANK}{{1,2}}){{1,4}}(?:(?:{WAYS})\b|(?i:STREET|AVENUE|AVE|"
         rf"BOULEVARD|BLVD|ROAD|LANE|HIGHWAY|PARKWAY)\b){FLAT}",
+        house,
     ),
     rule(
         "address",
         rf"\b[0-9]{{1,6}}[A-Za-z]?{BLANK}{{1,2}}(?:{WORD}{BLANK}{{1,2}}){{1,4}}(?:{SHORT_WAYS})\b{FLAT}",
         street,
     ),
+    rule("address", rf"\b[0-9]{{1,6}}{BLANK}{{1,2}}(?:[A-Z]{{3,20}}{BLANK}{{1,2}}){{1,2}}ST\b{FLAT}", loud_street),
     rule("address", rf"\b[0-9]{{1,6}} [a-z]+ (?:street|avenue|boulevard)\b{FLAT}"),
     rule("address", r"(?i)\b(?:p\.? ?o\.?|post office) box:? {0,2}#?[0-9]{1,7}\b"),
     rule("address", rf"\b([A-Z][A-Za-z.'-]*(?: [A-Z][A-Za-z.'-]*){{0,2}}){TAIL}", city),
     rule("zip", rf"\b(?:{STATES})\.?,?\s{{1,2}}({ZIP})\b", zipped),
     rule("zip", rf"(?i)\bzip(?: ?code)?{NUMBERED}({ZIP})\b"),
     rule(
-        "age", rf"(?i)\bage[ds]?(?:/sex)?(?:\s{{0,2}}[:=,]{{1,2}}|\s(?:of|is|was))?\s{{0,2}}{NINETY}\b", aged, "90+"
-    ),
-    rule(
         "age",
-        rf"(?i)\b{NINETY}[\s-]{{0,2}}(?:(?:years?|yrs?)\.?[\s-]{{1,2}}(?:old|of\sage|young)|y\.?{BLANK}?/?{BLANK}?o|y)\b",
+        rf"(?i)\bage[ds]?(?:/sex)?(?:\s{{0,2}}[:=,]{{1,2}}|\s(?:of|is|was))?\s{{0,2}}{NINETY}(?:y?[fm])?\b",
         aged,
         "90+",
     ),
+    rule(
+        "age",
+        rf"(?i)\b{NINETY}[\s-]{{0,2}}(?:(?:years?|yrs?)(?:\.?[\s-]{{1,2}}(?:old|of\sage|young))?|y\.?{BLANK}?/?{BLANK}?o|y"
+        r"|y?/?o?[ -]?(?:female|male|woman|man|lady|gentleman))\b",
+        aged,
+        "90+",
+    ),
+    rule("age", rf"(?i)\b{NINETY}{BLANK}?-?[fm]\b", sexed, "90+"),
     rule(
         "age",
         r"(?i)\b((?:ninety|(?:one|a) hundred)(?:[\s-](?:one|two|three|four|five|six|seven|eight|nine))?)"
