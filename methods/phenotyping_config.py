@@ -54,6 +54,9 @@ class Config(MethodConfig):
         "review",
         "review_others",
         "recorded",
+        # Their content is checked by digests.
+        "deidentify.secret",
+        "deidentify.names",
     }
     SHORTCUTS: ClassVar[dict[str, str]] = {"answer": "prompt.answer"}
 

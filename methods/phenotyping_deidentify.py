@@ -18,9 +18,10 @@ from pydantic import Field, model_validator
 
 from methods.phenotyping_fhir import raw_place
 from methods.phenotyping_identifiers import Edit, identifiers, placeholder
-from methods.phenotyping_names import Names, names_in, read_names, titled
+from methods.phenotyping_kept import Finder, Spans
+from methods.phenotyping_names import Names, names_in, names_of, read_names, titled
 from methods.phenotyping_notes import Note
-from methods.phenotyping_shift import dates
+from methods.phenotyping_shift import NEVER, dates
 from protocols.errors import BadInput
 from protocols.service import Message
 
@@ -54,7 +55,8 @@ class Stage:
 
     days: int
     secret: bytes = field(repr=False)
-    names: Mapping[str, Names] = field(repr=False)
+    names: Mapping[str, str] = field(repr=False)
+    """By patient, a line each."""
     digests: Mapping[str, str]
     """Of the secret, and of the table of names if there is one; made with the secret, so that they tell nothing of
     it or of names."""
@@ -68,14 +70,14 @@ class Stage:
     def known(self, patient_id: str) -> list[Names]:
         """Names that are replaced in a patient's notes."""
         # Keys of the table are without blanks around them.
-        return [self.names[key] for key in dict.fromkeys(("", patient_id.strip())) if key in self.names]
+        return [names_of(self.names[key]) for key in dict.fromkeys(("", patient_id.strip())) if key in self.names]
 
 
 def stage_of(config: DeidentifyConfig) -> Stage:
     """Read the secret and the names. Raises BadInput that names the field and the file."""
     secret = read_secret(config.secret)
     digests = {"secret": keyed(secret, "secret", b"").hex()[:16]}
-    names: dict[str, Names] = {}
+    names: dict[str, str] = {}
     if config.names:
         names = read_names(config.names)
         digests["names"] = keyed(secret, "names", Path(config.names).expanduser().read_bytes()).hex()[:16]
@@ -117,10 +119,16 @@ def kept_stage(config: DeidentifyConfig, digests: Mapping[str, str]) -> Stage:
     return stage
 
 
-def deidentified(note: Note, stage: Stage, replaced: Counter[str]) -> Note:
-    """The note without identifiers, which are counted. Its ids stay, and `raw_places` lead to where things stood."""
+def nothing(text: str) -> Spans:
+    """Keeps nothing."""
+    return ()
+
+
+def deidentified(note: Note, stage: Stage, replaced: Counter[str], keep: Finder = nothing) -> Note:
+    """The note without identifiers, which are counted. Its ids stay, and `raw_places` lead to where things stood.
+    `keep` finds what is no name."""
     days = stage.days_of(note.patient_id)
-    edits = edits_of(note.text, days, stage.known(note.patient_id))
+    edits = edits_of(note.text, days, stage.known(note.patient_id), keep(note.text))
     replaced.update(edit.kind for edit in edits)
     text, places = edited(note.text, edits)
     return replace(
@@ -134,14 +142,15 @@ def deidentified(note: Note, stage: Stage, replaced: Counter[str]) -> Note:
 def moved_date(day: str, days: int) -> str:
     """YYYY-MM-DD, perhaps with a time, after so many days; empty where there is none, or no such day."""
     try:
-        return (date.fromisoformat(day[:10]) + timedelta(days=days)).isoformat() + day[10:]
+        before = date.fromisoformat(day[:10])
+        return "" if before.year == NEVER else (before + timedelta(days=days)).isoformat() + day[10:]
     except (ValueError, OverflowError):
         return ""
 
 
-def edits_of(text: str, days: int, known: Sequence[Names]) -> list[Edit]:
+def edits_of(text: str, days: int, known: Sequence[Names], kept: Spans = ()) -> list[Edit]:
     """What is replaced, in order and apart."""
-    return apart([*dates(text, days), *identifiers(text), *titled(text), *names_in(text, known)])
+    return apart([*dates(text, days), *identifiers(text), *titled(text, kept), *names_in(text, known, kept)])
 
 
 def apart(found: Iterable[Edit]) -> list[Edit]:

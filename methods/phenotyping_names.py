@@ -5,10 +5,12 @@ import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import re2
 
 from methods.phenotyping_identifiers import Edit, placeholder
+from methods.phenotyping_kept import Spans, overlaps
 from methods.phenotyping_notes import plain
 from methods.phenotyping_tables import rows_of
 from protocols.errors import BadInput
@@ -24,29 +26,51 @@ TITLE = re2.compile(
     r"|(?:^|[.:;\n][ \t\x{a0}]{0,2}|,)(?:MR|MS|mr|ms)\.[ \t\x{a0}]{0,2}"
 )
 """In capitals or small letters MR and MS are medicine as well, unless a sentence begins them."""
-NAME_IS = re2.compile(r"(?i)\b(?:patient|pt)(?:'s)? (?:full )?name\s{0,2}[:=,]{1,2}[ \t\x{a0}]{0,3}")
-"""What a name stands behind in head of a note."""
+NAME_IS = re2.compile(
+    r"(?im)\b(?:patient|pt)(?:'s)? (?:full )?name\s{0,2}[:=,]{1,2}[ \t\x{a0}]{0,3}"
+    r"|^[ \t]{0,8}(?:name|patient|pt)[ \t]{0,2}:[ \t\x{a0}]{0,3}"
+    r"|\b(?:signed|dictated|transcribed)[ \t]by[ \t]{0,2}:?[ \t\x{a0}]{0,3}"
+    r"|\battending(?:[ \t]physician)?[ \t]{0,2}:[ \t\x{a0}]{0,3}"
+)
+"""What a name stands behind in the head or at the end of a note."""
+LETTERS = r"\p{Lu}[\p{L}\p{M}'\x{2019}-]*"
+SIGNED = re2.compile(
+    rf"(?:^|[^\p{{L}}\p{{M}}])((?:{LETTERS}\.?[ \x{{a0}}]){{0,3}}{LETTERS}\.?)"
+    r"(?:,[ \x{a0}]{0,2}(?:M\.?D|D\.?O|R\.?N|N\.?P|PA-C|Ph\.?D|LPN|CRNP|APRN|LCSW|PharmD)"
+    r"|[ \x{a0}](?:M\.D|D\.O|MD|PA-C))"
+    r"(?:\.|[^\p{L}\p{M}.-]|$)"
+)
+"""A name before what its bearer is."""
+TOLD = re.compile(r"\W*(?:aware|notified|informed|made|paged|called|not|at|to|and|or)\b", re.IGNORECASE)
+"""Behind somebody who is told of what stands before it."""
+SENTENCE = re.compile(r"[^\W\d_]+ [a-z]")
+"""One word with a capital, and more."""
+VALVES = re.compile(r"\b(?:A[IRS]|M[RS]|T[RS]|P[IRS])\.\s*$")
+"""Before MR. and MS. that are valves as well."""
 AND = re.compile(r"(?:,| and| &) (?=[^\W\d_])")
 """Between the names of several doctors."""
 TOKEN = re.compile(rf"{WORD.pattern}(?:['’-]{WORD.pattern})*")
 BETWEEN = re.compile(r"\.?[ \u00a0]|\.(?=[^\W\d_])")
 """Between the words of a name that follows a title."""
-HEADED = re.compile(r"\.?,?[ \u00a0]{1,2}")
+HEADED = re.compile(r"\.?(?:,[ \u00a0]{0,2}|[ \u00a0]{1,2})")
 """Between those of one in the head of a note."""
-MOST = 4
-"""Words of a name behind a title."""
+MOST, MOST_HEADED, WORDS = 2, 3, 6
+"""Full words of a name behind a title, those in the head of a note, and those with initials and particles."""
+COLON = re.compile(r"[ \t\u00a0]?:")
 PARTICLES = frozenset(
     ("van", "von", "der", "den", "de", "da", "di", "du", "del", "la", "le", "el", "al", "bin", "ibn", "ten")
 )
 NOT_NAMES = """
-a about after again age all also am an and any are as assessment at be been before but by called came can chief
-could currently date dated denies did discussed dob does dose dr drs exam examination family feels female follow for
-from had has have he her here him his history however i if impression in is it its labs last left male md mild miss
-moderate mr mrn mrs ms my name negative no none normal not note now of on one only or our past patient per physical
-plan please positive present presents prof pt recommended reported reports returned review right said saw seen
-severe sex she should since so social some stated states status than that the their them then there these they this
-those to today tomorrow under until was we were what when where which while who will with without would yesterday
-you your
+a about after again age alert all allergies also am an and any are as assessment at attending awake be been before
+but by called came can care chief comments complains complaint consult could currently date dated denies diagnoses
+diagnosis dictated did discussed dob does dose dr drs exam examination family feels female findings follow for from
+had has have he her here him his history however i if impression in indication is it its labs last left male md
+medications mild miss moderate mr mrn mrs ms my name negative no none normal not note now of on one only or our past
+patient per physical physician plan please positive present presents primary procedure prof pt recommended reported
+reports resident resting returned review right said saw seen severe sex she should signed since sitting sleeping so
+social some stable stated states status than that the their them then there these they this those to today tomorrow
+unchanged under unknown until was we well were what when where which while who will with without would yesterday you
+your
 """
 NO_NAME = frozenset(NOT_NAMES.split())
 """What stands behind a title without being a name."""
@@ -63,14 +87,23 @@ soft son sore south spear spring sr stack stage stay stern still stomach stone s
 style summer sweet swift test tongue tooth true van vein von wall ward water waters way weeks weight well wells west
 white wide wild will winter wise wood woods worth young
 """
-ALSO_WORDS = frozenset(COMMON.split())
-"""Parts of names that are everyday words as well: they are replaced beside another part of the same name, and where
-they have a capital within a sentence."""
+EPONYMS = """
+addison alzheimer apgar babinski baker barrett bell branch burkitt bypass charcot colles crohn cushing doppler down
+drew dupuytren ewing fallot fields foley foster fournier fowler frank gleason glasgow gram graves guillain hartmann
+hashimoto hickman hodgkin holter homan homans huntington kaposi kawasaki kussmaul lewy lyme mallory marfan meckel
+miles murphy nissen paget parkinson raynaud romberg sjogren swan tanner trendelenburg turner valsalva vincent walker
+wegener wernicke whipple wilms
+"""
+ALSO_WORDS = frozenset((*COMMON.split(), *EPONYMS.split()))
+"""Parts of names that are everyday words, or diseases and tests are named by, as well: they are replaced beside
+another part of the same name, and where they have a capital within a sentence."""
 NO_PARTS = frozenset(("and", "or", "the", "for", "with"))
 THINGS = re.compile(
     r"['’]?s?[ \u00a0-](?:disease|syndrome|sign|score|scale|criteria|catheter|cyst|fracture|disorder|lymphoma|sarcoma"
     r"|tumou?r|maneuver|manoeuvre|procedure|reflex|stain|palsy|chorea|contracture|thyroiditis|o?esophagus"
-    r"|classification|phenomenon|murmur|dementia|ataxia)\b",
+    r"|classification|phenomenon|murmur|dementia|ataxia|blocks?|stages?|staging|coma|granulomatosis|arteritis|fields?"
+    r"|tests?|tube|line|grade|graft|bypass|operation|repair|law|index|ulcer|hernia|node|pump|valve|monitor|position"
+    r"|gait|aid|exam|vein|artery|thyroid|anemia|anaemia|esophagitis|encephalopathy|contraction|paralysis)\b",
     re.IGNORECASE,
 )
 """Behind somebody's name that a disease or a device has got."""
@@ -101,21 +134,31 @@ class Names:
         self.pairs.update((one, other) for one in words for other in words if one != other)
 
 
-def read_names(path: str) -> dict[str, Names]:
-    """Names by patient; those of nobody, such as of staff, count for all. Raises BadInput that names the line and
-    shows no name."""
-    found: dict[str, Names] = {}
+def read_names(path: str) -> dict[str, str]:
+    """Names by patient, a line each, for sets of all of them would take a hundred times as much; those of nobody,
+    such as of staff, count for all. Raises BadInput that names the line and shows no name."""
+    found: dict[str, str] = {}
     for place, row in rows_of(path, "deidentify.names"):
         for column in ("patient_id", "name"):
             if column not in row:
                 raise BadInput(f"deidentify.names: {place}: no column {column}; expected patient_id and name")
-        name = plain(row["name"])
+        name = " ".join(plain(row["name"]).split())
         if not WORD.search(name):
             raise BadInput(f"deidentify.names: {place}: name: expected letters")
-        found.setdefault(plain(row["patient_id"]).strip(), Names()).add(name)
+        patient = plain(row["patient_id"]).strip()
+        found[patient] = f"{found[patient]}\n{name}" if patient in found else name
     if not found:
         raise BadInput(f"deidentify.names: {path} holds no names; expected rows with patient_id and name")
     return found
+
+
+@lru_cache(maxsize=64)
+def names_of(told: str) -> Names:
+    """Of names, a line each: a patient's notes mostly follow each other, and those of staff count for each."""
+    names = Names()
+    for name in told.split("\n"):
+        names.add(name)
+    return names
 
 
 def folded(word: str) -> str:
@@ -130,17 +173,17 @@ Word = tuple[int, int, str]
 """First character and the place behind the last, and the word in small letters without accents."""
 
 
-def names_in(text: str, known: Sequence[Names]) -> Iterator[Edit]:
-    """Names of tables, as whole words in any case; those of several parts as one piece."""
+def names_in(text: str, known: Sequence[Names], kept: Spans = ()) -> Iterator[Edit]:
+    """Names of tables, as whole words in any case; those of several parts as one piece. Nothing of what is kept."""
     words = [(match.start(), match.end(), folded(match.group())) for match in WORD.finditer(text)] if known else []
     for names in known:
         for i, (start, end, word) in enumerate(words):
-            if word not in names.every:
+            if word not in names.every or overlaps(kept, start, end):
                 continue
             alone = word in names.parts or (word in names.words and within(text, start, end))
             if alone and not THINGS.match(text, end):
                 yield Edit(start, end, KIND, placeholder(KIND))
-            if (first := part_before(text, words, i, names)) is not None:
+            if (first := part_before(text, words, i, names)) is not None and not overlaps(kept, first, end):
                 yield Edit(first, end, KIND, placeholder(KIND))
 
 
@@ -163,37 +206,69 @@ def within(text: str, start: int, end: int) -> bool:
     return text[start:end].istitle() and before[1:] == " " and (before[0].islower() or before[0] == ",")
 
 
-def titled(text: str) -> Iterator[Edit]:
-    """What stands after a title, or in the head of a note after `patient name:`."""
+def titled(text: str, kept: Spans = ()) -> Iterator[Edit]:
+    """What stands after a title, in the head of a note after `patient name:` and the like, or before MD. Nothing of
+    what is kept."""
     for match in TITLE.finditer(text):
         title = match.group().strip(" \t\u00a0.,:;\n")
+        if title.upper() in ("MR", "MS") and VALVES.search(text[max(0, match.start() - 8) : match.start() + 1]):
+            continue
         at: int | None = match.end()
-        while at is not None and (end := name_end(text, at, title)) is not None:
+        while at is not None and (end := name_end(text, at, title, kept)) is not None:
             yield Edit(at, end, KIND, placeholder(KIND))
             more = AND.match(text, end) if title.lower() == "drs" else None
             at = more and more.end()
     for match in NAME_IS.finditer(text):
-        if (end := name_end(text, match.end(), "", HEADED)) is not None:
+        end = name_end(text, match.end(), "", kept, HEADED)
+        sure = " name" in match.group().lower()
+        if end is not None and (sure or not SENTENCE.match(text, match.end(), end + 2)):
             yield Edit(match.end(), end, KIND, placeholder(KIND))
+    for match in SIGNED.finditer(text):
+        start, end = match.span(1)
+        if (first := name_start(text, start, end, kept)) is not None and not TOLD.match(text, match.end() - 1):
+            yield Edit(first, end, KIND, placeholder(KIND))
 
 
-def name_end(text: str, at: int, title: str, between: re.Pattern[str] = BETWEEN) -> int | None:
+def name_start(text: str, start: int, end: int, kept: Spans) -> int | None:
+    """Where a name begins that ends before what its bearer is, None if there is none; of capitals alone two words."""
+    words: list[str] = []
+    first = None
+    for token in reversed(list(TOKEN.finditer(text, start, end))):
+        word = token.group()
+        known = len(word) > 1 and word.lower() in NO_NAME
+        if known or overlaps(kept, *token.span()) or len(words) > MOST_HEADED:
+            break
+        words.append(word)
+        first = token.start()
+    loud = all(word.isupper() for word in words)
+    alone = len(words) < 2 and (loud or not text[end:].startswith(","))
+    return None if alone else first
+
+
+def name_end(text: str, at: int, title: str, kept: Spans, between: re.Pattern[str] = BETWEEN) -> int | None:
     """Behind a name that begins here after a title, None if there is none.
 
-    A title in capitals needs a name in capitals, and one in small letters has one word.
+    A title in capitals needs a name in capitals, and one in small letters has one word. In the head of a note a word
+    with a colon begins something else.
     """
     end: int | None = None
-    for _ in range(MOST):
-        if (token := TOKEN.match(text, at)) is None:
+    headed = between is HEADED
+    full = 0
+    for _ in range(WORDS):
+        token = TOKEN.match(text, at)
+        if token is None or overlaps(kept, *token.span()) or (headed and COLON.match(text, token.end())):
             break
         word = token.group().removesuffix("'s").removesuffix("’s")
         initial = (len(word) == 1 or word == "St") and text[token.end() : token.end() + 1] == "."
         if word not in PARTICLES:
-            if not may_be_name(word, title, first=end is None, headed=between is HEADED, initial=initial):
+            if not may_be_name(word, title, first=end is None, headed=headed, initial=initial):
                 break
             end = token.start() + len(word)
+            full += len(word) > 1 and not initial
             # Of capitals nobody can say where the name ends.
-            if title.islower() or (between is BETWEEN and word.isupper() and len(word) > 1):
+            if title.islower() or (not headed and word.isupper() and len(word) > 1):
+                break
+            if full == (MOST_HEADED if headed else MOST):
                 break
         gap = between.match(text, token.end())
         if gap is None or (gap.group()[0] == "." and not initial):
@@ -206,7 +281,9 @@ def may_be_name(word: str, title: str, *, first: bool, headed: bool, initial: bo
     """Whether a word may be one of a name. `initial`: it is one letter with a point, or St."""
     if initial or (first and len(word) == 1):
         return word[0].isupper() or title.islower()
-    if word.lower() in NO_NAME or (len(word) == 1 and not headed):
+    if len(word) == 1:
+        return headed and word.isupper()
+    if word.lower() in NO_NAME:
         return False
     if title.islower() or title.isupper():
         return title.islower() or word.isupper()

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from cluster.run_directory import write_atomically
 from methods.phenotyping_deidentify import DeidentifyConfig, deidentified, kept_stage
 from methods.phenotyping_fhir import raw_place
+from methods.phenotyping_kept import finder
 from methods.phenotyping_notes import Note, Reject, read_part
 from methods.phenotyping_parts import Part
 from protocols.errors import Corrupt
@@ -133,13 +134,14 @@ def batches(part: Part, scan: Scan, rejects: list[str], replaced: Counter[str]) 
     """Notes of a part, some at a time; what cannot be read is added to `rejects`, as lines, and identifiers that are
     taken out are counted."""
     stage = kept_stage(scan.deidentify, scan.digests) if scan.deidentify else None
+    keep = finder(scan.sets if stage else ())
     batch: list[Note] = []
     characters = 0
     for one in read_part(part, scan.columns, scan.encoding, show=stage is None):
         if isinstance(one, Reject):
             rejects.append(json.dumps(vars(one), ensure_ascii=False) + "\n")
             continue
-        batch.append(deidentified(one, stage, replaced) if stage else one)
+        batch.append(deidentified(one, stage, replaced, keep) if stage else one)
         characters += len(one.text)
         if len(batch) == NOTES_PER_CALL or characters >= CHARACTERS_PER_CALL:
             yield batch
