@@ -70,7 +70,7 @@ COMPLETE = tuple(
 FRACTION = re2.compile(
     r"(?i)^[ -]?(?:tab|pill|dose|strength|normal|ns\b|saline|m?c?g\b|m?l\b|cc\b|cups?\b|packs?\b|pts?\b|pints?\b|of\b"
     r"|occasion|scale|murmur|systolic|diastolic|inch|lit|lymph|node|core|bottle|culture|limb|criteri|point|day|week"
-    r"|month|year|hour|wk|bilateral|throughout|gravity|beat|mm|cm|score|amp|vial)"
+    r"|month|year|hour|wk|decreas|\+|sem\b|patell|ankle|bilateral|throughout|gravity|beat|mm|cm|score|amp|vial)"
 )
 """Behind two numbers that are a share, a grade or a dose."""
 RATED = re.compile(
@@ -83,8 +83,9 @@ GRADED = re.compile(
     r"\b(?:strength|power|motor|reflex(?:es)?|dtrs?|jerks?|pulses?|pain|murmur|apgars?|mmse|gcs|asa|nyha|vision|acuity"
     r"|v/?a|flexors?|extensors?|extension|flexion|biceps|triceps|deltoids?|quads?|quadriceps|hamstrings?|grip|iliopsoas"
     r"|dorsiflexion|plantar\s?flexion|extremit(?:y|ies)|intensity|severity|score[sd]?|reactive|ratio|patellar|achilles"
-    r"|radial|pedal|dorsalis pedis|pedis|tibial|femoral|gleason|mallampati|tones?|nodes?|cycles?|level)"
-    r"\b[^.;\n0-9]{0,40}(?:[0-6]/[4-6][^.;\n0-9]{0,30}){0,4}$",
+    r"|radial|pedal|dorsalis pedis|pedis|tibial|femoral|gleason|mallampati|tones?|nodes?|cycles?|level|pupils?"
+    r"|patellae?|ankles?)"
+    r"\b[^.;\n0-9]{0,40}(?:[0-9]/[0-9]\+?[^.;\n0-9]{0,30}){0,4}$",
     re.IGNORECASE,
 )
 """Before a grade, perhaps with others in between, in a note that has whole dates."""
@@ -192,7 +193,7 @@ def dates(text: str, days: int) -> Iterator[Edit]:
         yield from beside(text, edit)
     for match in NTH.finditer(text) if whole else ():
         if NTH_ENDS.match(text, match.end()):
-            yield Edit(*match.span(1), KIND, placeholder(KIND))
+            yield Edit(match.start(1), match.end(1), KIND, placeholder(KIND))
 
 
 def whole_dates(text: str, days: int) -> Iterator[Edit]:

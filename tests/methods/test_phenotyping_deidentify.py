@@ -154,6 +154,10 @@ BESIDE_WHOLE_DATES = [
         "3/15/2020: strength is 4/5 in left and 5/5 in right, pulses 2/4, reflexes were 2/4, pain 3/10, 2/6 murmur",
     ),
     ("K 5.0, 3/5/2020, 3.9", "K 5.0, 3/15/2020, 3.9"),
+    (
+        "3/5/2020: Pupils 4/4 decreasing to 2/2, reflexes 3/3+ biceps, 2/3+ ankles, 2/6 SEM",
+        "3/15/2020: Pupils 4/4 decreasing to 2/2, reflexes 3/3+ biceps, 2/3+ ankles, 2/6 SEM",
+    ),
     ("3/5/2020: L4/5, C5/6, 20/20, BP 120/80", "3/15/2020: L4/5, C5/6, 20/20, BP 120/80"),
 ]
 
@@ -592,6 +596,11 @@ def test_places_through_html_one_by_one() -> None:
             "Miss-",
             "drs. a and ",
             "93 y",
+            "3/5/2020, ",
+            "1/1/2020 strength 3/5 ",
+            "Patient: Aa, ",
+            "Aa Bb, MD ",
+            "12 AAA BBB ",
             "on 1/",
             "1 a ",
         ),
