@@ -70,7 +70,7 @@ COMPLETE = tuple(
 FRACTION = re2.compile(
     r"(?i)^[ -]?(?:tab|pill|dose|strength|normal|ns\b|saline|m?c?g\b|m?l\b|cc\b|cups?\b|packs?\b|pts?\b|pints?\b|of\b"
     r"|occasion|scale|murmur|systolic|diastolic|inch|lit|lymph|node|core|bottle|culture|limb|criteri|point|day|week"
-    r"|month|year|hour|wk|decreas|\+|sem\b|patell|ankle|bilateral|throughout|gravity|beat|mm|cm|score|amp|vial)"
+    r"|month|year|hour|wk|decreas|\+|sem\b|pain|patell|ankle|bilateral|throughout|gravity|beat|mm|cm|score|amp|vial)"
 )
 """Behind two numbers that are a share, a grade or a dose."""
 RATED = re.compile(
@@ -89,6 +89,12 @@ GRADED = re.compile(
     re.IGNORECASE,
 )
 """Before a grade, perhaps with others in between, in a note that has whole dates."""
+THIRDS = re.compile(
+    r"\b(?:upper|lower|mid|middle|proximal|distal|anterior|posterior|lateral|medial|inner|outer)[ -]$", re.I
+)
+"""Before a share of an organ."""
+SECONDARY = re.compile(r"2/2 (?:to )?[A-Za-z]")
+"""Secondary to what follows."""
 RATIO = re.compile(r"\bratios?(?: (?:of|is|was))?:? {1,2}$", re.IGNORECASE)
 DOSE = re.compile(
     r"(?i)^[ -]?(?:tablets?|tabs?|caps?|capsules?|pills?|puffs?|drops?|gtts?|sprays?|doses?|times|amps?|vials?|g"
@@ -235,7 +241,9 @@ def graded(text: str, start: int, end: int, *, far: bool) -> bool:
     before = text[max(0, start - 80) : start]
     if not begins(text, start, "-") or FRACTION.match(text[end : end + 12]) or RATED.search(before[-40:]):
         return True
-    return far and GRADED.search(before) is not None
+    if not far:
+        return False
+    return bool(GRADED.search(before) or THIRDS.search(before[-12:]) or SECONDARY.match(text, start))
 
 
 def counts(text: str, end: int) -> bool:

@@ -158,6 +158,10 @@ BESIDE_WHOLE_DATES = [
         "3/5/2020: Pupils 4/4 decreasing to 2/2, reflexes 3/3+ biceps, 2/3+ ankles, 2/6 SEM",
         "3/15/2020: Pupils 4/4 decreasing to 2/2, reflexes 3/3+ biceps, 2/3+ ankles, 2/6 SEM",
     ),
+    (
+        "3/5/2020: hypoxia 2/2 COPD, upper 1/3 of it, distal 2/3; 10/10 pain; seen 2/2.",
+        "3/15/2020: hypoxia 2/2 COPD, upper 1/3 of it, distal 2/3; 10/10 pain; seen [date].",
+    ),
     ("3/5/2020: L4/5, C5/6, 20/20, BP 120/80", "3/15/2020: L4/5, C5/6, 20/20, BP 120/80"),
 ]
 
