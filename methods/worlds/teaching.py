@@ -42,7 +42,7 @@ async def teach(
     It begins as `model`, or without one with random weights from STAGING/skeleton.
     """
     trainer = TrainerConfig(
-        learning_rate=rate, betas=(0.9, 0.95), schedule="linear", warmup_steps=20, total_steps=steps
+        learning_rate=rate, betas=(0.9, 0.95), schedule="linear", warmup_steps=min(20, steps - 1), total_steps=steps
     )
     begins = {"model": model} if model else {"model": str(staging / "skeleton"), "init": "random"}
     update = {**begins, "seed": seed, "trainer": trainer}

@@ -6,9 +6,13 @@ from typing import Any
 import pytest
 
 from actors.retriever.retriever import RetrieverActor
+from cluster.cluster import Cluster
+from cluster.config import MethodConfig
 from methods.phenotyping_definition import Definition
-from methods.phenotyping_mentions import AROUND, Mention, invented, read_mentions, unrelated
+from methods.phenotyping_mentions import AROUND, Mention, invented, mention_base, read_mentions, unrelated
+from methods.phenotyping_prompts import PromptConfig
 from protocols.errors import BadInput
+from protocols.policy import PolicyConfig
 from protocols.retriever import RetrieverConfig, RetrieverService
 
 HEAD = "report_no\torder\tconcept\tsentence\tnegation\ttemporality\texperiencer\n"
@@ -68,3 +72,12 @@ async def test_mentions_of_the_diseases_are_left_out(toys: Any) -> None:
     ]
     assert await unrelated(mentions, retriever, [disease]) == mentions[2:]
     assert {one.answer for one in invented()} == {"yes", "no", "uncertain"}
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+async def test_a_policy_may_be_taught_for_few_steps(tmp_path: Path, steps: int) -> None:
+    mentions = [Mention("Has [it].", "yes", "Has ASTHMA."), Mention("No [it].", "no", "No ASTHMA.")]
+    config = MethodConfig(runs_dir=str(tmp_path), wandb="disabled")
+    async with Cluster(config, method="phenotyping", run="one") as company:
+        folder = await mention_base(company, PolicyConfig(threads=1), mentions, PromptConfig().labels, steps, 1e-3)
+    assert (Path(folder) / "model.safetensors").is_file()
