@@ -8,9 +8,9 @@ claims     all reducers beside rules, codes and any mention, and what the specif
 ablations  windows, the section's header, de-duplication
 alarms     healthy patients who are called ill, and precision, by number of questions
 phrases    the small policy's answers to snippets with phrases that it has learnt from, and that it has not
-stuffing   all notes of a patient in one question of at most 512 tokens, by a policy taught to read such ones, and by
-           one that has learnt from snippets
-long       the same with notes so long that most patients' do not fit
+stuffing   all notes of a patient in one question of at most 512 tokens, by a policy taught to read such ones
+same       snippets, and such charts, by one policy that has learnt from snippets
+long       both kinds of stuffing with notes so long that most patients' do not fit
 """
 
 import argparse
@@ -47,6 +47,8 @@ ARMS = {
     "window 40, no section": [*BARE, "window.characters=40", "prompt.section=false"],
     "copies asked": ["evidence.jaccard=2"],
     "stuffing": TAUGHT,
+    # Of the same lessons, and so with the same policy, once snippets and once charts are asked about.
+    "snippets": ["wards.context=512", "prompt.section=false"],
     "stuffing, taught on snippets": ASKED,
     "long notes": LONG,
     "long notes, stuffing": [*LONG, *TAUGHT],
@@ -57,10 +59,11 @@ PARTS = {
     "ablations": [PLAIN, "no section", "window 0", "window 40", "window 40, no section", "copies asked"],
     "alarms": [PLAIN],
     "phrases": [PLAIN],
-    "stuffing": [PLAIN, "stuffing", "stuffing, taught on snippets"],
+    "stuffing": [PLAIN, "stuffing"],
+    "same": ["snippets", "stuffing, taught on snippets"],
     "long": ["long notes", "long notes, stuffing", "long notes, stuffing, taught on snippets"],
 }
-SEEDS = {"claims": 5, "ablations": 3, "alarms": 5, "phrases": 5, "stuffing": 3, "long": 3}
+SEEDS = {"claims": 5, "ablations": 3, "alarms": 5, "phrases": 5, "stuffing": 3, "same": 5, "long": 3}
 SHARED = [set(wards.PHRASES["assert"][i]) & set(wards.PHRASES["family"][i]) for i in (0, 1)]
 """Phrases that are said of patients and of relatives alike."""
 Found = Mapping[str, Sequence[Path]]
@@ -329,6 +332,7 @@ SHOW = {
     "alarms": alarms,
     "phrases": phrases,
     "stuffing": stuffing,
+    "same": stuffing,
     "long": stuffing,
 }
 
