@@ -9,6 +9,7 @@ are not repeated. Prints Markdown tables, and writes their values to prompts.jso
 import argparse
 import csv
 import json
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from typing import Any
 import yaml
 from phenotyping_claims import ROOT, cell, decisions, run, system, table
 
+from methods.phenotyping_eval import FOLDS, score_of
 from methods.phenotyping_evidence import Group
-from methods.phenotyping_measures import bootstrap_gain
+from methods.phenotyping_measures import bootstrap_gain, counts, cross_fitted
 from methods.phenotyping_prompts import ANSWERS, PromptConfig, messages_of
+from methods.phenotyping_reduce import ReduceConfig, Reducer
 from methods.phenotyping_scan import Finding, Scanned
 from methods.phenotyping_source import CODE, DRUG, ward_definition
 from methods.worlds import wards
@@ -26,6 +29,7 @@ from methods.worlds import wards
 PATIENTS, CONTEXT = 100, 512
 VARIANTS = ("plain", "not_counting", "examples", "reasoning")
 STUFFED = ["window.characters=100000", "window.max_characters=100000"]
+REDUCERS: tuple[Reducer, ...] = ("max", "log_odds")
 SYSTEMS = ("MapReduce, max", "MapReduce, log_odds", "MapReduce, max, threshold of other patients")
 
 
@@ -100,22 +104,30 @@ def shown(arms: dict[str, list[Path]]) -> dict[str, Any]:
     return values
 
 
+def chosen(folder: Path, by: Reducer, seed: int) -> tuple[list[bool], list[bool]]:
+    """Truth and decisions of a run by a reducer, each patient's by the threshold that is best on others."""
+    patients = list(wards.patients_of(wards.WardsConfig(patients=PATIENTS), wards.disease_of(seed), seed))
+    decided, truth = decisions(folder), [one.ill for one in patients]
+    scores = [score_of(decided[one.id].evidence, ReduceConfig(by=by)) for one in patients]
+    folds = [zlib.crc32(one.id.encode()) % FOLDS for one in patients]
+    return truth, cross_fitted(truth, scores, folds)[0]
+
+
 def gains(arms: dict[str, list[Path]], seeds: Sequence[int]) -> dict[str, Any]:
-    """F1 of max with each prompt less that of stuffing, on the same patients."""
+    """F1 with each prompt less that of stuffing on the same patients, both with thresholds of other patients."""
     rows, values = [], {}
     for arm in VARIANTS:
-        own = []
-        for folder, other, seed in zip(arms[arm], arms["stuffing"], seeds, strict=True):
-            disease = wards.disease_of(seed)
-            patients = list(wards.patients_of(wards.WardsConfig(patients=PATIENTS), disease, seed))
-            truth = [one.ill for one in patients]
-            both = [
-                [found[one.id].decision == "yes" for one in patients] for found in map(decisions, (folder, other))
-            ]
-            own.append(bootstrap_gain(truth, both[0], both[1], seed=seed))
-        values[arm] = own
-        rows.append([arm, " ".join(f"[{low:.3f}, {high:.3f}]" for low, high in own)])
-    table("prompt | F1 of max above that of stuffing, 95 % per seed", rows)
+        for by in REDUCERS:
+            own = []
+            for folder, other, seed in zip(arms[arm], arms["stuffing"], seeds, strict=True):
+                truth, mine = chosen(folder, by, seed)
+                theirs = chosen(other, "max", seed)[1]
+                gain = counts(truth, mine).f1 - counts(truth, theirs).f1
+                own.append([gain, *bootstrap_gain(truth, mine, theirs, seed=seed)])
+            values[f"{arm}, {by}"] = own
+            intervals = " ".join(f"[{low:.3f}, {high:.3f}]" for _, low, high in own)
+            rows.append([arm, by, cell([gain for gain, _, _ in own]), intervals])
+    table("prompt | reducer | F1 above that of stuffing | 95 % per seed", rows)
     return values
 
 
