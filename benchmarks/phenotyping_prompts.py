@@ -12,7 +12,7 @@ import json
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from phenotyping_claims import ROOT, cell, decisions, run, system, table
@@ -104,11 +104,13 @@ def shown(arms: dict[str, list[Path]]) -> dict[str, Any]:
     return values
 
 
-def chosen(folder: Path, by: Reducer, seed: int) -> tuple[list[bool], list[bool]]:
-    """Truth and decisions of a run by a reducer, each patient's by the threshold that is best on others."""
+def chosen(folder: Path, by: Reducer | Literal["number"], seed: int) -> tuple[list[bool], list[bool]]:
+    """Truth and decisions of a run by a reducer, or by the number of snippets alone; each patient's by the threshold
+    that is best on others."""
     patients = list(wards.patients_of(wards.WardsConfig(patients=PATIENTS), wards.disease_of(seed), seed))
     decided, truth = decisions(folder), [one.ill for one in patients]
-    scores = [score_of(decided[one.id].evidence, ReduceConfig(by=by)) for one in patients]
+    evidence = [decided[one.id].evidence for one in patients]
+    scores = [float(len(own)) if by == "number" else score_of(own, ReduceConfig(by=by)) for own in evidence]
     folds = [zlib.crc32(one.id.encode()) % FOLDS for one in patients]
     return truth, cross_fitted(truth, scores, folds)[0]
 
@@ -128,6 +130,9 @@ def gains(arms: dict[str, list[Path]], seeds: Sequence[int]) -> dict[str, Any]:
             intervals = " ".join(f"[{low:.3f}, {high:.3f}]" for _, low, high in own)
             rows.append([arm, by, cell([gain for gain, _, _ in own]), intervals])
     table("prompt | reducer | F1 above that of stuffing | 95 % per seed", rows)
+    told = [chosen(folder, "number", seed) for folder, seed in zip(arms["plain"], seeds, strict=True)]
+    values["number"] = [counts(truth, found).f1 for truth, found in told]
+    print(f"\nF1 by the number of snippets alone: {cell(values['number'])}")
     return values
 
 
