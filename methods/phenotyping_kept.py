@@ -16,6 +16,8 @@ Spans = Sequence[tuple[int, int]]
 Finder = Callable[[str], Spans]
 MEMORY = 64 << 20
 """Bytes of the automaton of all patterns."""
+REACH = 4096
+"""Bytes of the longest match that is looked for."""
 SHARED = 256
 """Bytes of context behind a match that may be the context of the next one as well."""
 
@@ -68,10 +70,15 @@ def spans_of(text: str, data: bytes, regexes: Sequence[Any]) -> Spans:
     return places
 
 
-def matches(regex: Any, data: bytes) -> Iterator[tuple[int, int]]:
-    """Bytes of each match from left to right."""
+def matches(regex: Any, data: bytes, reach: int = REACH) -> Iterator[tuple[int, int]]:
+    """Bytes of each match from left to right, of `reach` bytes at most, so that one step of `a.*b|a` does not read a
+    line of megabytes."""
     group, at = min(regex.groups, 1), 0
-    while (match := regex.search(data, at)) is not None:
+    while at < len(data):
+        match = regex.search(data, at, at + 2 * reach)
+        if match is None or (match.start() > at + reach and at + 2 * reach < len(data)):
+            at += reach
+            continue
         start, end = match.span(group)
         if 0 <= start < end:
             yield start, end

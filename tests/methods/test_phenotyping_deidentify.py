@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import re2
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -32,7 +33,7 @@ from methods.phenotyping_deidentify import (
 )
 from methods.phenotyping_fhir import raw_place, text_of_html
 from methods.phenotyping_identifiers import Edit
-from methods.phenotyping_kept import Spans, finder
+from methods.phenotyping_kept import Spans, finder, matches
 from methods.phenotyping_names import Names, names_of
 from methods.phenotyping_notes import Note
 from protocols.errors import BadInput
@@ -373,6 +374,31 @@ def shipped(text: str) -> Spans:
 )
 def test_what_a_phenotype_is_found_by_is_no_name(text: str, expected: str) -> None:
     assert clean(text, 10, "Emphysema Smith", kept=shipped(text)) == expected
+
+
+@given(
+    st.text("ab c", max_size=60),
+    st.sampled_from(["a{1,3}b", "b.a", "(a)b|ba", r"\\bab?\\b", "c$"]),
+    st.integers(4, 9),
+)
+def test_what_is_kept_is_found_in_pieces_of_a_text(text: str, pattern: str, reach: int) -> None:
+    regex, data = re2.compile(pattern.encode()), text.encode()
+    assert list(matches(regex, data, reach)) == list(matches(regex, data, 100))
+
+
+def test_what_is_kept_is_found_in_long_lines_without_reading_them_again() -> None:
+    read = []
+
+    class Counted:
+        groups = 0
+
+        def search(self, data: bytes, at: int, end: int) -> Any:
+            read.append(min(end, len(data)) - at)
+            return re2.compile(b"a.*b|a").search(data, at, end)
+
+    data = b"a" * 5_000
+    assert len(list(matches(Counted(), data, 50))) == len(data)
+    assert max(read) == 100 and len(read) == len(data)
 
 
 def test_places_of_what_is_kept() -> None:
