@@ -178,14 +178,16 @@ def _score_ends(
     """As `score`, of the last tokens alone; what rows begin with in common is computed once."""
     results: list[NDArray[np.float32]] = [np.zeros(len(row), np.float32) for row in rows]
     ends = [np.arange(max(1, len(row) - last), len(row)) for row in rows]
-    hosts = hosts_of(rows)
-    own = [i for i, host in enumerate(hosts) if host == i]
+    together: dict[int, list[int]] = {}
+    for i, host in enumerate(hosts_of(rows)):
+        together.setdefault(host, []).append(i)
+    own = sorted(together)
     for group in by_length([len(rows[i]) for i in own], budget):
         chosen = [own[place] for place in group if len(rows[own[place]]) > 1]
         if not chosen:
             continue
         wanted_BT = np.zeros((len(chosen), max(len(rows[i]) for i in chosen)), np.bool_)
-        scored = [(b, j) for b, i in enumerate(chosen) for j, host in enumerate(hosts) if host == i]
+        scored = [(b, j) for b, i in enumerate(chosen) for j in together[i]]
         for b, j in scored:
             wanted_BT[b, ends[j]] = True
         logits, _, positions_K = _logits_behind(model, [rows[i] for i in chosen], wanted_BT)
