@@ -29,7 +29,7 @@ from methods.phenotyping_report import finish, metrics_of, planned
 from methods.phenotyping_scan import PartCounts, Scan, bucket_name, counts_file, read_bucket, scan_part, spread
 from methods.phenotyping_source import model_digest, source_of
 from protocols.model import ModelConfig
-from protocols.retriever import RetrieverService, SnippetsRequest
+from protocols.retriever import RetrieverConfig, RetrieverService, SnippetsRequest
 from protocols.service import Empty
 
 __all__ = ["HEADLINE", "Config", "policies", "preset", "run"]
@@ -173,6 +173,6 @@ def write_decisions(file: Path, found: Sequence[Decided]) -> None:
     write_atomically(file, "".join(one.model_dump_json() + "\n" for one in found))
 
 
-def policies(config: Config) -> dict[str, ModelConfig]:
+def policies(config: Config) -> dict[str, ModelConfig | RetrieverConfig]:
     """What the plan counts; the built-in world's policy is tiny."""
-    return {} if config.world else {"policy": config.policy}
+    return {"retriever": config.retriever} | ({} if config.world else {"policy": config.policy})

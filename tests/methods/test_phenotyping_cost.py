@@ -157,3 +157,9 @@ async def test_without_a_budget_nothing_is_counted_first(run: Run, monkeypatch: 
     assert (await run("free", ward(3))).decisions
     with pytest.raises(AssertionError):
         await run("bounded", ward(3), "budget_tokens=9")
+
+
+def test_the_plan_counts_the_retriever_and_a_policy_that_is_given() -> None:
+    given = phenotyping.Config(notes=["n.jsonl"], definitions=["d.yaml"])
+    assert phenotyping.policies(given) == {"retriever": given.retriever, "policy": given.policy}
+    assert list(phenotyping.policies(phenotyping.Config(world="wards"))) == ["retriever"]
