@@ -18,8 +18,7 @@ from pydantic import Field, model_validator
 
 from methods.phenotyping_fhir import raw_place
 from methods.phenotyping_identifiers import Edit, identifiers, placeholder
-from methods.phenotyping_kept import Finder, Spans
-from methods.phenotyping_names import Names, names_in, names_of, read_names, titled
+from methods.phenotyping_names import Names, Spans, names_in, names_of, read_names, titled
 from methods.phenotyping_notes import Note
 from methods.phenotyping_shift import NEVER, dates
 from protocols.errors import BadInput
@@ -119,16 +118,11 @@ def kept_stage(config: DeidentifyConfig, digests: Mapping[str, str]) -> Stage:
     return stage
 
 
-def nothing(text: str) -> Spans:
-    """Keeps nothing."""
-    return ()
-
-
-def deidentified(note: Note, stage: Stage, replaced: Counter[str], keep: Finder = nothing) -> Note:
+def deidentified(note: Note, stage: Stage, replaced: Counter[str], kept: Spans = ()) -> Note:
     """The note without identifiers, which are counted. Its ids stay, and `raw_places` lead to where things stood.
-    `keep` finds what is no name."""
+    `kept`: where no name is looked for."""
     days = stage.days_of(note.patient_id)
-    edits = edits_of(note.text, days, stage.known(note.patient_id), keep(note.text))
+    edits = edits_of(note.text, days, stage.known(note.patient_id), kept)
     replaced.update(edit.kind for edit in edits)
     text, places = edited(note.text, edits)
     return replace(

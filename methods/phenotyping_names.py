@@ -3,6 +3,7 @@ that stands in no table and after no title is not found."""
 
 import re
 import unicodedata
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -10,12 +11,13 @@ from functools import lru_cache
 import re2
 
 from methods.phenotyping_identifiers import Edit, placeholder
-from methods.phenotyping_kept import Spans, overlaps
 from methods.phenotyping_notes import plain
 from methods.phenotyping_tables import rows_of
 from protocols.errors import BadInput
 
 KIND = "name"
+Spans = Sequence[tuple[int, int]]
+"""First characters and the places behind the last, in order and apart."""
 WORD = re.compile(r"[^\W\d_]+(?:[\u0300-\u036f]+[^\W\d_]*)*")
 """Letters, those of several characters too."""
 LEAST = 3
@@ -185,6 +187,12 @@ def names_in(text: str, known: Sequence[Names], kept: Spans = ()) -> Iterator[Ed
                 yield Edit(start, end, KIND, placeholder(KIND))
             if (first := part_before(text, words, i, names)) is not None and not overlaps(kept, first, end):
                 yield Edit(first, end, KIND, placeholder(KIND))
+
+
+def overlaps(kept: Spans, start: int, end: int) -> bool:
+    """Whether a piece of a text has a character in one of these."""
+    i = bisect_right(kept, (start, 1 << 62))
+    return (i > 0 and kept[i - 1][1] > start) or (i < len(kept) and kept[i][0] < end)
 
 
 def part_before(text: str, words: Sequence[Word], i: int, names: Names) -> int | None:

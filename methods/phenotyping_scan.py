@@ -15,9 +15,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from cluster.run_directory import write_atomically
-from methods.phenotyping_deidentify import DeidentifyConfig, deidentified, kept_stage
+from methods.phenotyping_deidentify import DeidentifyConfig, Stage, deidentified, kept_stage
 from methods.phenotyping_fhir import raw_place
-from methods.phenotyping_kept import finder
 from methods.phenotyping_notes import Note, Reject, read_part
 from methods.phenotyping_parts import Part
 from protocols.errors import Corrupt
@@ -109,8 +108,10 @@ async def scan_part(retriever: RetrieverService, scan: Scan, part: Part) -> Part
     totals = dict.fromkeys(("notes", "characters", "snippets"), 0)
     replaced: Counter[str] = Counter()
     rejects: list[str] = []
+    stage = kept_stage(scan.deidentify, scan.digests) if scan.deidentify else None
     with open(staged(notes), "w", encoding="utf-8") as lines:
-        for batch in batches(part, scan, rejects, replaced):
+        for read in batches(part, scan, rejects):
+            batch = await without_identifiers(retriever, scan, stage, read, replaced) if stage else read
             for one in await scanned(retriever, scan, batch):
                 lines.write(one.model_dump_json(exclude_defaults=True) + "\n")
                 totals["snippets"] += len(one.findings)
@@ -130,24 +131,31 @@ def staged(file: Path) -> Path:
     return file.with_name(f".{file.name}.tmp")
 
 
-def batches(part: Part, scan: Scan, rejects: list[str], replaced: Counter[str]) -> Iterator[list[Note]]:
-    """Notes of a part, some at a time; what cannot be read is added to `rejects`, as lines, and identifiers that are
-    taken out are counted."""
-    stage = kept_stage(scan.deidentify, scan.digests) if scan.deidentify else None
-    keep = finder(scan.sets if stage else ())
+def batches(part: Part, scan: Scan, rejects: list[str]) -> Iterator[list[Note]]:
+    """Notes of a part, some at a time; what cannot be read is added to `rejects`, as lines."""
     batch: list[Note] = []
     characters = 0
-    for one in read_part(part, scan.columns, scan.encoding, show=stage is None):
+    for one in read_part(part, scan.columns, scan.encoding, show=scan.deidentify is None):
         if isinstance(one, Reject):
             rejects.append(json.dumps(vars(one), ensure_ascii=False) + "\n")
             continue
-        batch.append(deidentified(one, stage, replaced, keep) if stage else one)
+        batch.append(one)
         characters += len(one.text)
         if len(batch) == NOTES_PER_CALL or characters >= CHARACTERS_PER_CALL:
             yield batch
             batch, characters = [], 0
     if batch:
         yield batch
+
+
+async def without_identifiers(
+    retriever: RetrieverService, scan: Scan, stage: Stage, notes: Sequence[Note], replaced: Counter[str]
+) -> list[Note]:
+    """Notes after the stage; what phenotypes are found by is no name in them. Counts what is replaced."""
+    bare = scan.model_copy(update={"window": Window(characters=0, snap=0)})
+    found = await scanned(retriever, bare, notes)
+    kept = [apart(match for finding in one.findings for match in finding.matches) for one in found]
+    return [deidentified(note, stage, replaced, own) for note, own in zip(notes, kept, strict=True)]
 
 
 async def scanned(retriever: RetrieverService, scan: Scan, notes: Sequence[Note]) -> list[Scanned]:

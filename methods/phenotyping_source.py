@@ -144,9 +144,8 @@ async def ward_lessons(config: Config, retriever: RetrieverService) -> list[tupl
     rng = np.random.default_rng(derive_seed(config.seed, "noise"))
     answers = list(config.prompt.labels.values())
     first = 0
-    size = config.wards.model_copy(update={"prevalence": 0.5, "copied": 0.0})
-    if config.wards.stuffed == "asked":
-        size = size.model_copy(update={"stuffed": "no"})
+    stuffed = "taught" if config.wards.stuffed == "taught" else "no"
+    size = config.wards.model_copy(update={"prevalence": 0.5, "copied": 0.0, "stuffed": stuffed})
     while len(found) < config.wards.lessons:
         some = wards.patients_of(size, wards.TAUGHT, config.seed + 1, unseen=False, first=first, count=200)
         told = [(one, one.said) for patient in some for one in patient.notes if one.said is not None]

@@ -255,6 +255,6 @@ class TrainerActor(Actor, TrainerService):
             return work()
         except RepertoryError:  # of what all ranks were given alike, or in a step that all of them took
             raise
-        except Exception:
+        except Exception:  # raised again: whatever it was, the other ranks must not wait for this one
             ranks.leave(self._rank)
             raise

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import re2
 from hypothesis import given
 from hypothesis import strategies as st
 
+from actors.retriever.pattern import Searcher
+from actors.retriever.retriever import RetrieverActor
 from launch import main
 from methods import phenotyping
 from methods.phenotyping_definition import read_definitions
@@ -33,11 +34,12 @@ from methods.phenotyping_deidentify import (
 )
 from methods.phenotyping_fhir import raw_place, text_of_html
 from methods.phenotyping_identifiers import Edit
-from methods.phenotyping_kept import Spans, finder, matches
-from methods.phenotyping_names import Names, names_of
+from methods.phenotyping_names import Names, Spans, names_of
 from methods.phenotyping_notes import Note
+from methods.phenotyping_scan import Scan, without_identifiers
+from methods.phenotyping_scan import apart as scan_apart
 from protocols.errors import BadInput
-from protocols.retriever import Pattern, PatternSet
+from protocols.retriever import RetrieverConfig, RetrieverService, Window
 from tests.methods.phenotyping_toys import VELTO, Run, note, reader, runner
 
 SECRET = b"0123456789abcdef"
@@ -358,9 +360,12 @@ def test_names_that_are_words_or_eponyms(text: str, expected: str) -> None:
     assert clean(text, 10, *EPONYMS) == expected
 
 
+SHIPPED = [one.pattern_set() for one in read_definitions([str(Path(phenotyping.__file__).parent / "definitions")])]
+
+
 def shipped(text: str) -> Spans:
-    folder = Path(phenotyping.__file__).parent / "definitions"
-    return finder([one.pattern_set() for one in read_definitions([str(folder)])])(text)
+    found = Searcher(SHIPPED).found(text).values()
+    return scan_apart((match.start, match.end) for matches in found for match in matches)
 
 
 @pytest.mark.parametrize(
@@ -376,44 +381,15 @@ def test_what_a_phenotype_is_found_by_is_no_name(text: str, expected: str) -> No
     assert clean(text, 10, "Emphysema Smith", kept=shipped(text)) == expected
 
 
-@given(
-    st.text("ab c", max_size=60),
-    st.sampled_from(["a{1,3}b", "b.a", "(a)b|ba", r"\\bab?\\b", "c$"]),
-    st.integers(4, 9),
-)
-def test_what_is_kept_is_found_in_pieces_of_a_text(text: str, pattern: str, reach: int) -> None:
-    regex, data = re2.compile(pattern.encode()), text.encode()
-    assert list(matches(regex, data, reach)) == list(matches(regex, data, 100))
-
-
-def test_what_is_kept_is_found_in_long_lines_without_reading_them_again() -> None:
-    read = []
-
-    class Counted:
-        groups = 0
-
-        def search(self, data: bytes, at: int, end: int) -> Any:
-            read.append(min(end, len(data)) - at)
-            return re2.compile(b"a.*b|a").search(data, at, end)
-
-    data = b"a" * 5_000
-    assert len(list(matches(Counted(), data, 50))) == len(data)
-    assert max(read) == 100 and len(read) == len(data)
-
-
-def test_places_of_what_is_kept() -> None:
-    find = finder(
-        [
-            PatternSet(
-                id="a", include=[Pattern(expression="(?:^|[^a-z])(copd)(?:[^a-z]|$)"), Pattern(expression="é(b)")]
-            ),
-            PatternSet(id="b", include=[Pattern(expression="PD c", case_sensitive=True), Pattern(expression="(")]),
-        ]
-    )
-    # Matches share their contexts, those that overlap are one, and a bad pattern is the retriever's to refuse.
-    assert list(find("copd copd")) == [(0, 4), (5, 9)]
-    assert list(find("ÉB COPD c")) == [(1, 2), (3, 9)]
-    assert list(find("")) == [] and list(finder([])("copd")) == []
+async def test_a_part_is_read_without_names_and_with_its_diseases(tmp_path: Path, toys: Any) -> None:
+    retriever = await toys.serve(RetrieverService, RetrieverActor(RetrieverConfig(kind="pattern")))
+    scan = Scan(sets=SHIPPED, window=Window(), folder=str(tmp_path))
+    names = {"p": "Copd Quillon"}
+    notes = [Note("p", "1", "É. Dr. COPD and Copd Quillon."), Note("q", "2", "Copd Quillon, a. COPD")]
+    replaced: Counter[str] = Counter()
+    after = await without_identifiers(retriever, scan, Stage(365, SECRET, names, {}), notes, replaced)
+    assert [one.text for one in after] == ["É. Dr. COPD and Copd [name].", "Copd Quillon, a. COPD"]
+    assert replaced == {"name": 1}
 
 
 def test_names_are_kept_as_lines_and_their_parts_made_when_they_are_needed(tmp_path: Path) -> None:
