@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from actors.actor import Actor
 from actors.in_turn import InTurn
 from actors.policy.chat import spoken
+from protocols.endings import ending_logprobs
 from protocols.errors import BadInput
 from protocols.losses import SFTLoss
 from protocols.messages import ChatMessage, Prompt
-from protocols.policy import PolicyService, SampleDelta, SampleRequest, ScoreRequest, TokenizeRequest
+from protocols.policy import PolicyService, SampleDelta, SampleRequest, TokenizeRequest
 from protocols.reviser import (
     LABELS,
     Label,
@@ -180,15 +181,9 @@ class ReviserActor(Actor, ReviserService):
         if not prompts or not self._config.adaptive:
             return None, 0
         heads = [self._heads[label] for label in LABELS]
-        sequences = [Tensor(np.concatenate([prompt, head])) for prompt in prompts for head in heads]
-        response = await self._policy.score(ScoreRequest(sequences=sequences, last=max(map(len, heads))))
-        totals = [
-            float(logprobs.array[-len(heads[i % len(heads)]) :].astype(np.float64).sum())
-            for i, logprobs in enumerate(response.logprobs)
-        ]
-        logits_BL = np.array(totals).reshape(-1, len(heads))
+        logits_BL, version = await ending_logprobs(self._policy, prompts, heads)
         shares_BL = np.exp(logits_BL - logits_BL.max(-1, keepdims=True))
-        return shares_BL / shares_BL.sum(-1, keepdims=True), response.version
+        return shares_BL / shares_BL.sum(-1, keepdims=True), version
 
     async def train(self, request: ReviserTrainRequest) -> ReviserTrainResponse:
         """Weighted cross entropy of labels and texts (SEFT, stage B)."""

@@ -9,13 +9,13 @@ from actors.actor import Actor
 from actors.policy.chat import spoken
 from actors.rules import parse_answer, rule_score
 from actors.votes import majority, parse_vote
+from protocols.endings import ending_logprobs
 from protocols.errors import BadInput
 from protocols.messages import ChatMessage, Prompt
-from protocols.policy import PolicyService, Sampled, SampleRequest, ScoreRequest, TokenizeRequest
+from protocols.policy import PolicyService, Sampled, SampleRequest, TokenizeRequest
 from protocols.prompts import verdict_prompt
 from protocols.questions import Task
 from protocols.service import Empty
-from protocols.tensor import Tensor
 from protocols.verifier import (
     COMPARE,
     ComparedItem,
@@ -95,18 +95,15 @@ class VerifierActor(Actor, VerifierService):
         if not fitting:
             return CompareResponse(comparisons=comparisons)
         orders = [asked[2 * i + swapped].array for i in fitting for swapped in (0, 1)]
-        sequences = [Tensor(np.concatenate([order, name])) for order in orders for name in names]
-        scored = await self._policy.score(ScoreRequest(sequences=sequences, last=max(map(len, names))))
-        ends = zip(scored.logprobs, names * len(orders), strict=True)
-        totals = [logprobs.array[-len(name) :].astype(np.float64).sum() for logprobs, name in ends]
-        logits_B22 = np.array(totals).reshape(-1, 2, 2)
+        logits, version = await ending_logprobs(self._policy, orders, names)
+        logits_B22 = logits.reshape(-1, 2, 2)
         # In the second order the first reply bears the second name.
         odds_B2 = (logits_B22[:, :, 0] - logits_B22[:, :, 1]) * [1, -1]
         chances_B2 = np.exp(-np.logaddexp(0.0, -odds_B2))
         for i, chances in zip(fitting, chances_B2.tolist(), strict=True):
             found = {"preference": sum(chances) / 2, "shown_first": chances[0], "shown_second": chances[1]}
             comparisons[i] = comparisons[i].model_copy(update=found)
-        return CompareResponse(comparisons=comparisons, version=scored.version)
+        return CompareResponse(comparisons=comparisons, version=version)
 
     async def _names(self, policy: PolicyService) -> list[NDArray[np.int32]]:
         """Tokens of what compared replies are called. Raises BadInput when they do not tell them apart."""

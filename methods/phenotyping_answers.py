@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 
 from methods.phenotyping_prompts import AFTER_THOUGHT, ANSWERS, MOST_WRITTEN, Answer, PromptConfig
 from methods.phenotyping_sample import Asked, written
+from protocols.endings import ending_logprobs
 from protocols.errors import BadInput, Corrupt
 from protocols.messages import ChatMessage, FinishReason, Prompt, SamplingParams
-from protocols.policy import PolicyService, SampleRequest, ScoreRequest, TokenizeRequest
+from protocols.policy import PolicyService, SampleRequest, TokenizeRequest
 from protocols.tensor import Tensor
 
 Ids = NDArray[np.int32]
@@ -249,14 +250,8 @@ async def label_probs(asker: Asker, prompts: Sequence[Ids]) -> list[tuple[float,
     """Of each prompt p(yes), p(no), p(uncertain) among the three: softmax over summed log-probs of their tokens."""
     if not prompts:
         return []
-    sequences = [Tensor(np.concatenate([ids, head])) for ids in prompts for head in asker.heads]
-    last = max(map(len, asker.heads))
-    response = await asker.policy.score(ScoreRequest(sequences=sequences, last=last))
-    totals = [
-        float(logprobs.array[-len(asker.heads[i % len(asker.heads)]) :].astype(np.float64).sum())
-        for i, logprobs in enumerate(response.logprobs)
-    ]
-    return [softmax(totals[start : start + len(ANSWERS)]) for start in range(0, len(totals), len(ANSWERS))]
+    logits_BA, _ = await ending_logprobs(asker.policy, prompts, asker.heads)
+    return [softmax(logits) for logits in logits_BA.tolist()]
 
 
 def softmax(logits: Sequence[float]) -> tuple[float, float, float]:
